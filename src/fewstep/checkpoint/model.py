@@ -1,0 +1,156 @@
+"""Model directories: ``model.safetensors`` with ``config.json`` <-> a :class:`Denoiser`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.backbones import build
+from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
+from fewstep.config import from_dict, to_dict
+from fewstep.denoiser import Denoiser, Parametrization, load_weights
+from fewstep.errors import CheckpointError
+from fewstep.process import EDM, AnyProcess
+
+KIND = "fewstep-model"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything of a denoiser but its weights; ``backbone`` is None for a user's own module."""
+
+    process: AnyProcess
+    native: AnyProcess
+    parametrization: Parametrization
+    sample_shape: tuple[int, ...]
+    backbone: dict[str, Any] | None = None
+    num_classes: int = 0
+    sigma_min: float = 0.0
+    sigma_max: float = 80.0
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    sampler_times: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(denoiser: Denoiser) -> dict[str, Any]:
+    """The JSON form of everything but the weights."""
+    d = denoiser
+    times = {str(k): list(v) for k, v in d.sampler_times.items()}
+    config = ModelConfig(
+        d.process, d.native, d.parametrization, d.sample_shape, d.spec, d.num_classes,  # type: ignore[arg-type]
+        d.sigma_min, d.sigma_max, d.value_range, times,
+    )  # fmt: skip
+    return header(KIND) | to_dict(config)
+
+
+def rebuild(description: dict[str, Any], source: str, network: Denoiser | None = None) -> Denoiser:
+    """The denoiser of a description, with random weights, or around the user's own ``network``.
+
+    Raises:
+        CheckpointError: the description names no backbone and no ``network`` was given.
+    """
+    fields = {k: v for k, v in description.items() if k not in ("format", "version", "provenance")}
+    config = from_dict(ModelConfig, fields, source)
+    if config.backbone is None and network is None:
+        raise CheckpointError(
+            f"'{source}' was tuned from a network of your own, which a checkpoint cannot contain",
+            do="Give it again: load(path, network=denoiser), or on the command line --network file.py:function",
+        )
+    backbone = build(config.backbone) if config.backbone is not None else network.clone().backbone  # type: ignore[union-attr]
+    return Denoiser(
+        backbone,
+        config.process,
+        config.parametrization,
+        native=config.native,
+        sample_shape=config.sample_shape,
+        num_classes=config.num_classes,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        value_range=config.value_range,
+        sampler_times={int(k): tuple(v) for k, v in config.sampler_times.items()},
+        spec=config.backbone,
+    )
+
+
+def save_model(denoiser: Denoiser, path: Path, provenance: dict[str, Any] | None = None) -> None:
+    """Write a model directory atomically."""
+    with new_directory(path) as directory:
+        write_tensors(directory / "model.safetensors", denoiser.backbone.state_dict())
+        write_json(directory / "config.json", describe(denoiser) | {"provenance": provenance or {}})
+
+
+def load_model(path: Path, network: Denoiser | None = None) -> Denoiser:
+    """Read a model directory."""
+    denoiser = rebuild(read_json(path / "config.json", KIND), str(path), network)
+    load_weights(denoiser.backbone, read_tensors(path / "model.safetensors"), str(path))
+    return denoiser
+
+
+def load(
+    path: str | Path, *, weights: str = "ema", device: str | torch.device | None = None, network: Denoiser | None = None
+) -> Denoiser:
+    """A denoiser from a model directory, a converted checkpoint or a run directory.
+
+    Args:
+        path: the directory; of a run, its finished ``model/`` or else its latest checkpoint is taken.
+        weights: "ema" (the first average), "ema-K" (the K-th) or "student"; the latter two from a run only.
+        device: where to put it; default: CPU.
+        network: your own module again (``Denoiser.from_module(...)``) for runs that were tuned from one.
+
+    Raises:
+        CheckpointError: nothing loadable is there, or it does not fit.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise _not_a_model(root)
+    if (root / "config.json").is_file():
+        if weights != "ema":
+            raise CheckpointError(f"'{root}' holds one set of weights only", got=weights, do="Leave weights='ema'")
+        denoiser = load_model(root, network)
+    elif weights == "ema" and (root / "model" / "config.json").is_file():
+        denoiser = load_model(root / "model", network)
+    elif (root / "checkpoints").is_dir():
+        denoiser = _from_checkpoint(latest_checkpoint(root), weights, network)
+    else:
+        raise _not_a_model(root)
+    return denoiser.to(device).eval() if device is not None else denoiser.eval()
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.is_file():
+        raise CheckpointError(f"'{run}' has no checkpoint to resume from or load", do="Start the run again: fewstep tune")
+    path = run / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+    if not path.is_dir():
+        raise CheckpointError(f"The checkpoint '{path}' that '{pointer}' names does not exist")
+    return path
+
+
+def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Denoiser:
+    name = "ema-0" if weights == "ema" else weights
+    file = path / f"{name}.safetensors"
+    if not file.is_file():
+        known = sorted(p.stem for p in path.glob("*.safetensors") if p.stem != "optimizer")
+        raise CheckpointError(f"The checkpoint has no weights '{weights}'", got=weights, want=" or ".join(["ema", *known]))
+    denoiser = rebuild(read_json(path / "model.json", KIND), str(path), network)
+    load_weights(denoiser.backbone, read_tensors(file), str(file))
+    return denoiser
+
+
+def _not_a_model(path: Path) -> CheckpointError:
+    if path.suffix in (".pkl", ".pt") and path.is_file():
+        return CheckpointError(f"'{path}' is a pickle, which is never opened directly", do=f"Run: fewstep convert {path} DIRECTORY")
+    what = "does not exist" if not path.exists() else "is not a model, a run or a converted checkpoint"
+    return CheckpointError(f"'{path}' {what}", want="a directory with config.json, model/ or checkpoints/")
+
+
+def as_edm(denoiser: Denoiser) -> Denoiser:
+    """The same network on the EDM clock, under which everything is tuned and sampled."""
+    return denoiser.under(EDM())

@@ -1,0 +1,133 @@
+"""Options that several verbs share, and where output goes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fewstep.denoiser import Denoiser
+
+COMMON = Group("Common options", sort_key=90)
+DATA = Group("Data", sort_key=50)
+
+Seed = Annotated[int | None, Parameter(group=COMMON, help="Seed of all randomness.")]
+Device = Annotated[str, Parameter(group=COMMON, help="auto, cpu, cuda or cuda:1.")]
+Json = Annotated[bool, Parameter(name="--json", group=COMMON, negative="", help="Machine-readable result on stdout.")]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], group=COMMON, negative="", help="No progress, no tables.")]
+Config = Annotated[
+    Path | None, Parameter(group=COMMON, help="A YAML file with settings, as in a run's config.yaml; --set wins over it.")
+]
+Set = Annotated[
+    list[str] | None,
+    Parameter(
+        name="--set",
+        group=COMMON,
+        consume_multiple=True,
+        negative="",
+        help="Settings as path=value, repeatable: --set optim.lr=2e-4 objective.schedule.q=4. See them all: fewstep recipes NAME.",
+    ),
+]
+Network = Annotated[
+    str | None,
+    Parameter(
+        group=COMMON,
+        help="For a network of your own: file.py:function, which returns the Denoiser again. Runs that file.",
+    ),
+]
+DataOption = Annotated[
+    str,
+    Parameter(group=DATA, help="digits, tiles, gaussians8, a folder, a zip (EDM labels understood) or an npz."),
+]
+Resize = Annotated[int | None, Parameter(group=DATA, help="Centre-crop to a square and resize to this side.")]
+Channels = Annotated[int | None, Parameter(group=DATA, help="1 (grey) or 3 (RGB): convert the images.")]
+Split = Annotated[str, Parameter(group=DATA, help="train, or test for an npz with x_test.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a verb writes: a console on stderr, and the result on stdout where it is asked for as JSON."""
+
+    quiet: bool = False
+    as_json: bool = False
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+
+    @property
+    def speaks(self) -> bool:
+        """True in the leading process, unless --quiet."""
+        return not self.quiet and os.environ.get("RANK", "0") == "0"
+
+    def say(self, text: Any) -> None:
+        """A line, table or other renderable for people."""
+        if self.speaks:
+            self.console.print(text)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The result for machines."""
+        if self.as_json and os.environ.get("RANK", "0") == "0":
+            print(json.dumps(value))
+
+
+def overrides(config: Path | None, assignments: list[str] | None, seed: int | None, **given: Any) -> dict[str, Any]:
+    """Settings by dotted path: file, then --set, then options that were given."""
+    from fewstep.config import flatten, parse_assignments, read_yaml
+
+    out = flatten(read_yaml(config)) if config is not None else {}
+    out |= parse_assignments(assignments or [])
+    out |= {path.replace("__", "."): value for path, value in given.items() if value is not None}
+    return out if seed is None else out | {"seed": seed}
+
+
+def command_line() -> str:
+    """What was typed, to reproduce a run."""
+    return shlex.join(["fewstep", *sys.argv[1:]])
+
+
+def open_model(path: str, weights: str = "ema", network: str | None = None, device: str = "auto") -> Denoiser:
+    """A model directory, a run, or ``file.py:function``; on its device."""
+    from fewstep.checkpoint.model import load
+    from fewstep.training.world import pick_device
+
+    own = open_network(network) if network is not None else None
+    where = pick_device(device)
+    if ".py:" in path:
+        return open_network(path).to(where)
+    return load(path, weights=weights, network=own, device=where)
+
+
+def open_network(spec: str) -> Denoiser:
+    """The denoiser that the function of a user's Python file returns; the file is run.
+
+    Raises:
+        ConfigError: no such file or function, or it returns something else.
+    """
+    import importlib.util
+
+    from fewstep.denoiser import Denoiser
+    from fewstep.errors import ConfigError
+
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not path.is_file() or path.suffix != ".py":
+        raise ConfigError(f"'{spec}' does not name a function in a Python file", want="file.py:function")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        made = getattr(module, name)()
+    except AttributeError as error:
+        raise ConfigError(f"'{path}' has no function '{name}': {error}") from error
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(f"'{spec}' failed: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Denoiser):
+        raise ConfigError(f"'{spec}' did not return a Denoiser", got=type(made).__name__, do="Return Denoiser.from_module(...)")
+    return made

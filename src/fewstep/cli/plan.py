@@ -1,0 +1,73 @@
+"""``fewstep plan``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
+from fewstep.cli.options import open_model, overrides
+
+
+def plan(
+    teacher: Annotated[str, Parameter(help="A model, run or converted checkpoint; or file.py:function.")],
+    *,
+    data: DataOption,
+    recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
+    objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
+    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
+    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
+    budget: Annotated[float, Parameter(help="Seconds to spend on measuring.")] = 20.0,
+    resize: Resize = None,
+    channels: Channels = None,
+    split: Split = "train",
+    config: Config = None,
+    set: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Predict memory and time of `fewstep tune` with the same arguments, on this machine.
+
+    Memory is counted from tensors, without what the framework itself takes; time is measured on a few real steps.
+    """
+    from rich.table import Table
+
+    from fewstep import runs
+    from fewstep.training.plan import plan as make_plan
+
+    output = Output(quiet, json)
+    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
+    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
+    configuration = runs.configure("tune", recipe, objective, settings, data)
+    with runs.joined(device) as world:
+        model = open_model(teacher, device=str(world.device))
+        source = runs.open_data(configuration.data)
+        runs.check_fit(model, source)
+        found = make_plan(configuration, runs.make_student(model, configuration), source, world, budget=budget)
+    table = Table(box=None, show_header=False)
+    for name in ("weights", "gradients", "optimizer", "averages", "activations", "memory"):
+        note = f"one pass of {found.micro_batch} images" if name == "activations" else "in total" if name == "memory" else ""
+        table.add_row(name, _bytes(getattr(found, name)), note)
+    table.add_row("disk", _bytes(found.disk), f"{configuration.output.keep + 1} checkpoints of {_bytes(found.checkpoint)} and the model")
+    table.add_row("speed", f"{found.images_per_second:,.0f} images/s", f"measured on {world.device}")
+    table.add_row("time", _duration(found.seconds), f"{found.steps:,} steps of {configuration.batch_size} images, training alone")
+    output.say(f"{found.parameters / 1e6:.2f} M parameters, recipe {configuration.recipe}, {configuration.images:,} images")
+    output.say(table)
+    if found.micro_batch > 1:
+        output.say("Less memory: --set micro_batch=N runs N images per pass, with the same result up to rounding.")
+    output.result(dataclasses.asdict(found) | {"memory": found.memory})
+    return 0
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

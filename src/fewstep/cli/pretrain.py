@@ -1,0 +1,48 @@
+"""``fewstep pretrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
+from fewstep.cli.options import command_line, overrides
+from fewstep.cli.tune import show_run
+
+
+def pretrain(
+    *,
+    data: DataOption,
+    out: Annotated[Path, Parameter(help="The run directory to write.")],
+    recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes.")] = None,
+    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
+    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
+    resize: Resize = None,
+    channels: Channels = None,
+    split: Split = "train",
+    config: Config = None,
+    set: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train a small diffusion model from scratch, to tune it afterwards.
+
+    The network is chosen by --set model.backbone=unet (edm, dit, mlp) and --set model.kwargs="{channels: 64}".
+    """
+    from fewstep import runs
+    from fewstep.cli.progress import Live
+
+    output = Output(quiet, json)
+    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
+    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
+    live = Live(output)
+    try:
+        run = runs.pretrain(data, out=out, recipe=recipe, overrides=settings, device=device, watcher=live, command=command_line())
+    finally:
+        live.close()
+    show_run(output, run)
+    return 0

@@ -1,0 +1,96 @@
+"""The live view of a run: progress bar, log lines where there is no terminal, tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fewstep.cli.options import Output
+from fewstep.training.loop import Watcher
+from fewstep.training.trainer import StepReport, Trainer
+
+
+class _Numbers(ProgressColumn):
+    """stage, r/t, loss and images/s, as far as they are known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("numbers", ""))
+
+
+class Live(Watcher):
+    """Draws a progress bar on a terminal, and a line per log row elsewhere."""
+
+    def __init__(self, output: Output) -> None:
+        self._out = output
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._row: dict[str, Any] = {}
+        self._table = False
+
+    def started(self, trainer: Trainer, run: Path) -> None:
+        if not self._out.speaks:
+            return
+        verb = "Tuning" if trainer.config.job == "tune" else "Pretraining"
+        parameters = sum(p.numel() for p in trainer.student.parameters())
+        self._out.say(
+            f"{verb} {parameters / 1e6:.2f} M parameters on {trainer.source.name} ({len(trainer.source):,} samples), "
+            f"{trainer.config.images:,} images, recipe {trainer.config.recipe}, on {trainer.world.device}. Run: {run}"
+        )
+        if trainer.images_seen:
+            self._out.say(f"Continuing at image {trainer.images_seen:,}.")
+        if self._out.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.percentage:>3.0f}%"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+                _Numbers(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._out.console,
+            )
+            self._task = self._bar.add_task("", total=trainer.config.images, completed=trainer.images_seen, numbers="")
+            self._bar.start()
+
+    def stepped(self, report: StepReport) -> None:
+        if self._bar is not None:
+            done = min(report.progress.images_seen, report.progress.total_images)
+            self._bar.update(self._task, completed=done, numbers=_numbers(self._row | report.schedule))
+
+    def logged(self, row: dict[str, Any]) -> None:
+        self._row = row
+        if self._bar is None:
+            self._out.say(f"images {row['images']:>10,}  {_numbers(row)}")
+
+    def saved(self, path: Path) -> None:
+        if self._bar is None and path.name in ("model", "report.html"):
+            self._out.say(f"Wrote {path}")
+
+    def trained(self) -> None:
+        self.close()
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        if not self._table:
+            self._out.say("Evaluating (model, evaluations, first metric, samples/s):")
+            self._table = True
+        name, value = next(iter(row["metrics"].items()))
+        self._out.say(f"  {row['model']:<20} NFE {row['nfe']:>3}  {name} {value:8.4f}  {row['samples_per_second']:8.1f} samples/s")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    parts = []
+    if "stage" in row:
+        parts.append(f"stage {row['stage']:.0f} r/t {row['r/t']:.4f}")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4g}")
+    if "images_per_second" in row:
+        parts.append(f"{row['images_per_second']:.0f} images/s")
+    return "  ".join(parts)

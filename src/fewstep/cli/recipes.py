@@ -1,0 +1,35 @@
+"""``fewstep recipes``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fewstep.cli.options import Json, Output
+
+
+def recipes(
+    name: Annotated[str | None, Parameter(help="Show this preset whole, as YAML for --config.")] = None,
+    *,
+    json: Json = False,
+) -> int:
+    """List the presets, or show one whole; every line of it is a path for --set."""
+    from rich.table import Table
+
+    from fewstep.config import dump_yaml, to_dict
+    from fewstep.recipes import RECIPES, recipe
+
+    output = Output(False, json)
+    if name is not None:
+        config = recipe(name)
+        output.result(to_dict(config))
+        if not json:
+            print(dump_yaml(config), end="")
+        return 0
+    table = Table("recipe", "verb", "objective", "images", "batch", "what is known", box=None)
+    for key, config in RECIPES.items():
+        table.add_row(key, config.job, config.objective.kind, f"{config.images:,}", str(config.batch_size), config.note)
+    output.say(table)
+    output.result({key: to_dict(config) for key, config in RECIPES.items()})
+    return 0

@@ -1,0 +1,67 @@
+"""``fewstep tune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
+from fewstep.cli.options import command_line, open_model, overrides
+
+
+def tune(
+    teacher: Annotated[str, Parameter(help="A model, run or converted checkpoint; or file.py:function for a network of your own.")],
+    *,
+    data: DataOption,
+    out: Annotated[Path, Parameter(help="The run directory to write.")],
+    recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
+    objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
+    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
+    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
+    resize: Resize = None,
+    channels: Channels = None,
+    split: Split = "train",
+    config: Config = None,
+    set: Set = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Tune a diffusion model into a few-step generator.
+
+    Writes OUT/config.yaml, metrics.jsonl, samples/, checkpoints/, model/ and report.html. Ctrl-C saves the state;
+    `fewstep resume OUT` goes on to the same bits. On several GPUs: torchrun --nproc-per-node N -m fewstep tune ...
+    """
+    from fewstep import runs
+    from fewstep.cli.progress import Live
+
+    output = Output(quiet, json)
+    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
+    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
+    source = open_model(teacher, device="cpu") if ".py:" in teacher else teacher
+    live = Live(output)
+    try:
+        run = runs.tune(
+            source, data, out=out, recipe=recipe, objective=objective, overrides=settings | {"teacher": teacher},
+            device=device, watcher=live, command=command_line(),
+        )  # fmt: skip
+    finally:
+        live.close()
+    show_run(output, run)
+    return 0
+
+
+def show_run(output: Output, run: object) -> None:
+    """The closing table and where to look."""
+    from fewstep.evaluation.report import print_table
+    from fewstep.runs import Run, rows_of
+
+    assert isinstance(run, Run)
+    rows = rows_of(run)
+    if output.speaks and rows:
+        print_table(rows, output.console)
+    output.say(f"Model: {run.path / 'model'}   Report: {run.path / 'report.html'}")
+    output.result({"run": str(run.path), "model": str(run.path / "model"), "report": str(run.path / "report.html"), "results": run.results})

@@ -1,0 +1,329 @@
+"""A network made into a denoiser: ``D(x_t, t) ~ x_0``, whatever it predicts and whatever its clock.
+
+``D = c_skip x_t + c_out F(c_in x_t, c_noise)``; the four coefficients are the only place where eps-, v-, x0-,
+flow-prediction and EDM preconditioning exist (:class:`Parametrization`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import CheckpointError, ConfigError, nearest
+from fewstep.process import PREDICTIONS, Process, affine, expand
+from fewstep.types import Condition, Samples, Times
+
+TimeMap = Literal["quarter_log", "half_log", "native", "thousand", "thousand_minus_one"]
+
+
+class Backbone(Protocol):
+    """A raw network ``F(x, c_noise, cond)``: knows no process. ``x [b, ...]``, ``c_noise [b]``."""
+
+    def __call__(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """What the network predicts, and how it is told the time: ``(c_in, c_noise, c_skip, c_out)``.
+
+    Args:
+        prediction: a member of ``process.PREDICTIONS``.
+        sigma_data: standard deviation of the data in model space.
+        time: what the network is given: "quarter_log" ``ln(sigma_edm)/4`` (EDM), "half_log"
+            ``ln(sigma_edm/2)`` (VE), "native" t, "thousand" 1000 t (flow models of diffusers),
+            "thousand_minus_one" 999 t (EDM's VP networks).
+        boundary_shift: at evaluation only, replaces sigma by ``sigma - shift`` in c_skip and the numerator of
+            c_out (ECT's public code: 0.003; math.md 1.4). EDM prediction only.
+        blend: for "x0" networks, ``D = c x + (1 - c) F`` with ``c = blend^2/(sigma^2 + blend^2)``, so that
+            D(x, 0) = x (math.md 1.4).
+    """
+
+    prediction: str = "edm"
+    sigma_data: float = 0.5
+    time: TimeMap = "quarter_log"
+    boundary_shift: float = 0.0
+    blend: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS or self.prediction == "velocity":
+            raise ConfigError(f"'{self.prediction}' is not a prediction type", do=nearest(self.prediction, PREDICTIONS))
+        if self.time not in get_args(TimeMap):
+            raise ConfigError(f"'{self.time}' is not a time map", do=nearest(self.time, get_args(TimeMap)))
+        if not self.sigma_data > 0:
+            raise ConfigError("sigma_data must be positive", got=self.sigma_data)
+
+    def skip_and_out(self, alpha: Tensor, sigma: Tensor, *, evaluating: bool) -> tuple[Tensor, Tensor]:
+        """``(c_skip, c_out)`` with ``D = c_skip x_t + c_out F`` (math.md 1.2, 1.3)."""
+        c_skip, c_out = affine(self.prediction, alpha, sigma, self.sigma_data)
+        if self.prediction == "edm" and evaluating and self.boundary_shift > 0:
+            sd, t = self.sigma_data, sigma / alpha
+            shifted = t - self.boundary_shift
+            return sd**2 / (shifted**2 + sd**2) / alpha, shifted * sd / (t**2 + sd**2).sqrt()
+        if self.prediction == "x0" and self.blend > 0:
+            c = self.blend**2 / ((sigma / alpha) ** 2 + self.blend**2)
+            return c / alpha, 1 - c
+        return c_skip, c_out
+
+    def c_in(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Input scale: ``1/sqrt(sigma_edm^2 + sigma_d^2)`` on ``x_edm`` for EDM and TrigFlow, else 1."""
+        if self.prediction in ("edm", "trig"):
+            return 1 / (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
+        return torch.ones_like(alpha)
+
+    def c_noise(self, t: Times, sigma_edm: Times) -> Tensor:
+        """What the network is told, ``[b]``, from native time and EDM noise level; finite at sigma = 0."""
+        least = torch.finfo(sigma_edm.dtype).tiny  # ln 0 would make the network's output NaN, and 0 * NaN too
+        if self.time == "quarter_log":
+            return sigma_edm.clamp_min(least).log() / 4
+        if self.time == "half_log":
+            return (0.5 * sigma_edm.clamp_min(2 * least)).log()
+        return t * {"native": 1.0, "thousand": 1000.0, "thousand_minus_one": 999.0}[self.time]
+
+
+class Denoiser(nn.Module):
+    """``D(x_t, t, cond) -> x_0-like``: a backbone, the process it was trained under, and a clock.
+
+    Calling it takes ``x_t`` in the coordinates of ``process`` (the clock); internally everything goes
+    through EDM coordinates into those of ``native``, where the parametrization lives (math.md 1.1).
+
+    Args:
+        backbone: raw network, ``(x, c_noise, cond) -> tensor``.
+        process: the clock of ``x_t`` and ``t`` in calls.
+        parametrization: meaning of the backbone's output under ``native``.
+        native: the process the backbone was trained under; default: ``process``.
+        sample_shape: shape of one sample without the batch.
+        num_classes: 0 for unconditional models.
+        sigma_min, sigma_max: EDM noise levels between which the network is to be trusted; sampling
+            starts at ``sigma_max``. Below ``sigma_min`` a sample counts as clean.
+        value_range: what uint8 levels 0 and 255 are in model space.
+        sampler_times: step count -> EDM noise levels of the few-step sampler, largest first.
+        spec: how to rebuild the backbone from a file, ``{"name": ..., "kwargs": {...}}``, or None for a
+            user's own module.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        process: Process,
+        parametrization: Parametrization,
+        *,
+        sample_shape: tuple[int, ...],
+        native: Process | None = None,
+        num_classes: int = 0,
+        sigma_min: float = 0.0,
+        sigma_max: float = 80.0,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        sampler_times: dict[int, tuple[float, ...]] | None = None,
+        spec: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.process, self.native = process, native or process
+        self.parametrization = parametrization
+        self.sample_shape, self.num_classes = tuple(sample_shape), num_classes
+        low, high = self.native.edm_range
+        self.sigma_min, self.sigma_max = max(sigma_min, low), min(sigma_max, high)
+        self.value_range = value_range
+        self.sampler_times = dict(sampler_times or {})
+        self.spec = spec
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data in model space."""
+        return self.parametrization.sigma_data
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((p.device for p in self.backbone.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Working precision of the weights."""
+        return next((p.dtype for p in self.backbone.parameters()), torch.float32)
+
+    def forward(self, x_t: Samples, t: Times | float, cond: Tensor | None = None) -> Samples:
+        """Estimate of x_0 (diffusion model) or landing point at time 0 (consistency model).
+
+        Args:
+            x_t: ``[b, ...]`` in the coordinates of ``process``.
+            t: scalar or ``[b]``, in the time of ``process`` (sigma for EDM).
+            cond: class indices ``[b]`` or one-hot ``[b, num_classes]``; None is "no label".
+
+        Returns:
+            ``[b, ...]`` in model space.
+
+        Raises:
+            ConfigError: shapes do not fit.
+        """
+        t = self._per_sample(t, x_t)
+        label = self.one_hot(cond, len(x_t))
+        if self.process == self.native:
+            native_t, z, alpha, sigma = t, x_t, self.native.alpha(t), self.native.sigma(t)
+            edm = sigma / alpha
+        else:
+            edm = self.process.to_edm(t)
+            alpha = self.native.edm_scale(edm)
+            sigma, native_t = alpha * edm, self.native.from_edm(edm)
+            z = expand(alpha / self.process.edm_scale(edm), x_t).to(x_t.dtype) * x_t
+        return self._native(z, native_t, edm, alpha, sigma, label)
+
+    def _native(
+        self, z: Samples, t: Times, edm: Times, alpha: Tensor, sigma: Tensor, label: Condition | None
+    ) -> Samples:
+        p = self.parametrization
+        c_skip, c_out = p.skip_and_out(alpha, sigma, evaluating=not self.training)
+        c_skip, c_out, c_in = (expand(c, z).to(z.dtype) for c in (c_skip, c_out, p.c_in(alpha, sigma)))
+        out = self.backbone(c_in * z, p.c_noise(t, edm).to(z.dtype), label)
+        return c_skip * z + c_out * out.to(z.dtype)
+
+    def one_hot(self, cond: Tensor | None, batch: int) -> Condition | None:
+        """Class indices ``[b]`` as one-hot ``[b, num_classes]``; None becomes zeros ("no label")."""
+        if self.num_classes == 0:
+            if cond is not None:
+                raise ConfigError("Labels were given to an unconditional model", do="Call it with cond=None")
+            return None
+        if cond is None:
+            return torch.zeros(batch, self.num_classes, dtype=self.dtype, device=self.device)
+        if cond.ndim == 1 and not cond.is_floating_point():
+            low, high = (int(cond.min()), int(cond.max())) if len(cond) else (0, 0)
+            if low < 0 or high >= self.num_classes:
+                known = f"0 to {self.num_classes - 1}"
+                raise ConfigError("A label is not a class of this model", got=low if low < 0 else high, want=known)
+            cond = nn.functional.one_hot(cond.long(), self.num_classes)
+        if cond.shape != (batch, self.num_classes):
+            raise ConfigError("The labels have the wrong shape", got=tuple(cond.shape), want=(batch, self.num_classes))
+        return cond.to(device=self.device, dtype=self.dtype)
+
+    def under(self, process: Process) -> Denoiser:
+        """The same network (shared weights) on another clock."""
+        twin = copy.copy(self)
+        twin.process = process
+        return twin
+
+    def with_parametrization(self, **changes: Any) -> Denoiser:
+        """The same network (shared weights) with some fields of the parametrization replaced."""
+        twin = copy.copy(self)
+        twin.parametrization = replace(self.parametrization, **changes)
+        return twin
+
+    def clone(self) -> Denoiser:
+        """An independent copy: own weights."""
+        return copy.deepcopy(self)
+
+    def _per_sample(self, t: Times | float, x_t: Samples) -> Times:
+        if tuple(x_t.shape[1:]) != self.sample_shape:
+            raise ConfigError(
+                "The input does not have the model's sample shape", got=tuple(x_t.shape), want=("b", *self.sample_shape)
+            )
+        keep = isinstance(t, Tensor) and t.is_floating_point()
+        t = torch.as_tensor(t, dtype=None if keep else x_t.dtype, device=x_t.device)
+        if t.ndim == 0:
+            return t.expand(len(x_t))
+        if t.shape != (len(x_t),):
+            raise ConfigError("The times have the wrong shape", got=tuple(t.shape), want=f"a scalar or [{len(x_t)}]")
+        return t
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        process: Process,
+        prediction: Literal["eps", "v", "x0", "flow", "score"],
+        sample_shape: tuple[int, ...],
+        time: Callable[[Tensor], Tensor] | None = None,
+        num_classes: int = 0,
+        sigma_data: float = 0.5,
+        sigma_max: float = 80.0,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+    ) -> Denoiser:
+        """Wrap any ``nn.Module`` that was trained as a diffusion or flow model.
+
+        Args:
+            module: called as ``module(x_t, time(t))``, with a third argument ``one_hot [b, num_classes]`` when
+                ``num_classes > 0``; returns the prediction, ``[b, ...]``.
+            process: the process it was trained under, for example ``DiscreteVP.linear()``.
+            prediction: what it returns: "eps", "v", "x0", "flow" or "score".
+            sample_shape: shape of one sample.
+            time: maps native times ``[b]`` to what the module expects; default: unchanged.
+            sigma_data: standard deviation of its training data, in its own value range.
+            sigma_max: EDM noise level to start sampling from (clipped to the process's own range).
+            value_range: what uint8 levels 0 and 255 are for this module.
+        """
+        low, _ = process.edm_range
+        blend = max(low, 0.004 * sigma_data) if prediction == "x0" else 0.0
+        parametrization = Parametrization(prediction, sigma_data=sigma_data, time="native", blend=blend)
+        return cls(
+            ModuleBackbone(module, time, num_classes > 0),
+            process,
+            parametrization,
+            sample_shape=sample_shape,
+            num_classes=num_classes,
+            sigma_max=sigma_max,
+            value_range=value_range,
+        )
+
+
+class ModuleBackbone(nn.Module):
+    """A user's module as a backbone: applies its time map, passes labels only if it takes them."""
+
+    def __init__(self, module: nn.Module, time: Callable[[Tensor], Tensor] | None, conditional: bool) -> None:
+        super().__init__()
+        self.module, self.time, self.conditional = module, time, conditional
+
+    def forward(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
+        t = self.time(c_noise) if self.time is not None else c_noise
+        out = self.module(x, t, cond) if self.conditional else self.module(x, t)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise ConfigError(
+                "The wrapped module did not return a tensor of its input's shape",
+                got=tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__,
+                want=tuple(x.shape),
+                do="Return the prediction itself, not a record around it",
+            )
+        return out
+
+
+class Guided(nn.Module):
+    """Guidance at sampling time, ``D_u + w (D_c - D_u)`` (math.md 3.4 form 3).
+
+    On a consistency model this is a heuristic: the guided flow's end point is not linear in w.
+    """
+
+    def __init__(self, denoiser: Denoiser, weight: float) -> None:
+        super().__init__()
+        if denoiser.num_classes == 0:
+            raise ConfigError("Guidance needs a class-conditional model", got="an unconditional one")
+        self.denoiser, self.weight = denoiser, weight
+
+    def forward(self, x_t: Samples, t: Times | float, cond: Tensor | None = None) -> Samples:
+        """``[b, ...]`` as :class:`Denoiser`; two evaluations of the network."""
+        unconditional = self.denoiser(x_t, t, None)
+        return unconditional + self.weight * (self.denoiser(x_t, t, cond) - unconditional)
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy ``state`` into ``module`` by name, or list every missing, unexpected and mis-shaped tensor.
+
+    Raises:
+        CheckpointError: the names or shapes do not fit exactly.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)]
+    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems if names)
+    if found:
+        raise CheckpointError(f"The weights in {source} do not fit the network", got=found)
+    module.load_state_dict(state)

@@ -1,0 +1,47 @@
+"""Denoising score matching with EDM's weighting: how teachers are pretrained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.objectives.base import LossOutput, StepRandom, to_device
+from fewstep.penalty import Penalty
+from fewstep.times import Law, Lognormal, draw
+from fewstep.types import Batch, PerSample, Progress
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """``w(t) |D(x_0 + t eps, t) - x_0|^2``, ``w = 1/t^2 + 1/sigma_d^2`` (EDM eq. 2, table 1; math.md 1.3).
+
+    Args:
+        law: law of t; EDM's is lognormal(-1.2, 1.2).
+        penalty: squared L2 with weight "snrpk" is EDM's.
+    """
+
+    law: Law = field(default_factory=lambda: Lognormal(-1.2, 1.2))
+    penalty: Penalty = field(default_factory=lambda: Penalty("squared_l2", "snrpk"))
+    kind: ClassVar[str] = "diffusion"
+
+    def loss(self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom) -> LossOutput:
+        """Loss per sample ``[b]``."""
+        t = draw(self.law, random.uniform("times"), student.sigma_min)
+        eps = random.normal("noise", batch.x)
+        with random.tape().record():
+            per_sample = self.loss_at(student, batch.x, t, eps, batch.cond)
+        return LossOutput(per_sample)
+
+    def loss_at(
+        self, student: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, cond: Tensor | None = None
+    ) -> PerSample:
+        """The loss at explicit times ``t [b]`` and noise ``eps [b, ...]``."""
+        t = to_device(t, x_0)
+        x_t = student.process.perturb(x_0, eps, t.to(x_0.dtype))
+        return self.penalty(student(x_t, t, cond) - x_0, t, t, student.sigma_data)
+
+    def describe(self, progress: Progress) -> dict[str, float]:
+        return {}

@@ -1,0 +1,288 @@
+"""Whole runs: a teacher, data and a configuration in; a run directory with a few-step model out."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.backbones import build
+from fewstep.checkpoint.model import load
+from fewstep.checkpoint.store import write_text
+from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
+from fewstep.data import Source, open_source
+from fewstep.denoiser import Denoiser, Parametrization
+from fewstep.errors import ConfigError, DataError, nearest
+from fewstep.evaluation.report import Row
+from fewstep.objectives import OBJECTIVES
+from fewstep.process import EDM
+from fewstep.recipes import default_recipe, recipe as named_recipe
+from fewstep.training.config import DataConfig, RunConfig
+from fewstep.training.finish import finish
+from fewstep.training.loop import Watcher, train
+from fewstep.training.state import restore_state
+from fewstep.training.trainer import Trainer
+from fewstep.training.world import World
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. ``results`` is what :func:`fewstep.evaluate` found at its end, or None."""
+
+    path: Path
+    config: RunConfig
+    results: dict[str, Any] | None = None
+
+    def model(self, *, weights: str = "ema", network: Denoiser | None = None) -> Denoiser:
+        """The few-step model."""
+        return load(self.path, weights=weights, network=network)
+
+
+def tune(
+    teacher: Denoiser | str | Path,
+    data: Source | str,
+    *,
+    out: str | Path,
+    recipe: str | None = None,
+    objective: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    command: str = "",
+) -> Run:
+    """Tune a diffusion model into a few-step generator; writes the run directory ``out``.
+
+    Args:
+        teacher: a denoiser, or the path of a model, run or converted checkpoint.
+        data: a source, or its spec ("digits", a folder, a zip, an npz).
+        recipe: a name in RECIPES; default "fast".
+        objective: a name in OBJECTIVES; default: the recipe's.
+        overrides: dotted paths, ``{"optim.lr": 1e-4, "images": 50_000}``.
+        device: "auto", "cpu", "cuda", ...
+        watcher: is told of progress (the command line's progress bar).
+        command: what the report shows as the way to reproduce the run.
+
+    Raises:
+        FewstepError: unusable input, non-finite loss, full disk; ``Interrupted`` and ``Preempted`` after the
+            state was saved.
+    """
+    config = configure("tune", recipe, objective, overrides, data)
+    named = "(in memory)" if isinstance(teacher, Denoiser) else str(teacher)
+    config = replace(config, teacher=config.teacher or named)
+    with joined(device) as world:
+        model = teacher if isinstance(teacher, Denoiser) else load(teacher)
+        source = data if not isinstance(data, str) else open_data(config.data)
+        check_fit(model, source)
+        return _run(config, make_student(model, config), model, source, world, Path(out), watcher, command)
+
+
+def pretrain(
+    data: Source | str,
+    *,
+    out: str | Path,
+    recipe: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    command: str = "",
+) -> Run:
+    """Train a small diffusion model from scratch, to tune it afterwards; arguments as :func:`tune`."""
+    config = configure("pretrain", recipe, None, overrides, data)
+    with joined(device) as world:
+        source = data if not isinstance(data, str) else open_data(config.data)
+        student = new_network(config, source)
+        return _run(config, student, None, source, world, Path(out), watcher, command)
+
+
+def resume(
+    run: str | Path,
+    *,
+    device: str = "auto",
+    data: Source | None = None,
+    teacher: Denoiser | None = None,
+    watcher: Watcher | None = None,
+    command: str = "",
+) -> Run:
+    """Continue a run from its newest checkpoint, to the same bits as if it had never stopped (CPU).
+
+    Args:
+        run: the run directory.
+        data: the source again, if it was given as an object.
+        teacher: the denoiser again, if it was a network of your own.
+    """
+    path = Path(run)
+    config = read_run(path)
+    with joined(device) as world:
+        source = data if data is not None else open_data(config.data)
+        if config.job == "pretrain":
+            student = new_network(config, source)
+        else:
+            teacher = teacher if teacher is not None else load(config.teacher)
+            student = make_student(teacher, config)
+        check_fit(student, source)
+        trainer = Trainer(config, student.to(world.device), source, world)
+        restore_state(trainer, path)
+        return _finish(trainer, teacher, path, watcher, command)
+
+
+def configure(
+    job: str, recipe: str | None, objective: str | None, overrides: Mapping[str, Any] | None, data: Source | str
+) -> RunConfig:
+    """The whole configuration of a run: recipe, then objective, then overrides."""
+    config = named_recipe(recipe) if recipe is not None else default_recipe(job)
+    if config.job != job:
+        raise ConfigError(f"The recipe '{config.recipe}' is not one to {job} with", do=f"Run: fewstep {config.job} --recipe {config.recipe}")
+    if objective is not None and objective != config.objective.kind:
+        if objective not in OBJECTIVES:
+            raise ConfigError(f"There is no objective '{objective}'", do=nearest(objective, OBJECTIVES))
+        config = replace(config, objective=OBJECTIVES[objective]())
+    config = with_overrides(config, overrides or {})
+    name = data if isinstance(data, str) else data.name
+    return replace(config, data=replace(config.data, source=name))
+
+
+def open_data(config: DataConfig) -> Source:
+    """The source of a configuration."""
+    return open_source(config.source, resize=config.resize, channels=config.channels, labels=config.labels, split=config.split)
+
+
+def read_run(path: Path) -> RunConfig:
+    """The configuration of a run directory.
+
+    Raises:
+        ConfigError: it is not a run directory.
+    """
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"'{path}' is not a run directory: it has no config.yaml", do="Give the --out of a tune or pretrain run")
+    return from_dict(RunConfig, read_yaml(path / "config.yaml"))
+
+
+def new_network(config: RunConfig, source: Source) -> Denoiser:
+    """A network with fresh weights (seeded) for pretraining on ``source``."""
+    classes = source.num_classes if config.model.conditional else 0
+    if config.model.conditional and not classes:
+        raise DataError("A conditional model needs labels, and the data has none", got=source.name)
+    shape = tuple(source.shape)
+    kwargs = dict(config.model.kwargs)
+    if config.model.backbone == "edm":
+        kwargs |= {"img_resolution": shape[-1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
+    else:
+        kwargs |= {"sample_shape": list(shape), "num_classes": classes}
+    spec = {"name": config.model.backbone, "kwargs": kwargs}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = build(spec)
+    return Denoiser(
+        backbone,
+        EDM(),
+        Parametrization("edm", sigma_data=config.model.sigma_data),
+        sample_shape=shape,
+        num_classes=classes,
+        sigma_max=config.model.sigma_max,
+        spec=spec,
+    )
+
+
+def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
+    """An independent copy of the teacher, prepared as the configuration asks."""
+    student = teacher.clone().requires_grad_(True)
+    for parameter in unused_parameters(student):
+        parameter.requires_grad_(False)
+    if config.student.boundary_shift:
+        student = student.with_parametrization(boundary_shift=config.student.boundary_shift)
+    times = {int(k): tuple(float(t) for t in v) for k, v in config.student.sampler_times.items()}
+    student.sampler_times |= times
+    return student
+
+
+def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
+    """Parameters that take no part without augmentation labels (EDM's ``map_augment``)."""
+    augment = getattr(student.backbone, "map_augment", None)
+    if augment is not None:
+        yield from augment.parameters()
+
+
+def check_fit(model: Denoiser, source: Source) -> None:
+    """Refuse data whose shape or labels do not fit the model.
+
+    Raises:
+        DataError: with both shapes and the remedy.
+    """
+    if tuple(source.shape) != model.sample_shape:
+        have, want = tuple(source.shape), model.sample_shape
+        remedy = []
+        if len(have) == len(want) == 3:
+            remedy += [f"--resize {want[1]}"] if have[1:] != want[1:] and want[1] == want[2] else []
+            remedy += [f"--channels {want[0]}"] if have[0] != want[0] and want[0] in (1, 3) else []
+        raise DataError(
+            f"The images of '{source.name}' do not have the shape that the model was trained for",
+            got=have,
+            want=want,
+            do=f"Add {' '.join(remedy)}" if remedy else "Use data of that shape, or another model",
+        )
+    if model.num_classes and source.num_classes != model.num_classes:
+        raise DataError(
+            f"The labels of '{source.name}' do not fit the class-conditional model",
+            got=f"{source.num_classes} classes" if source.num_classes else "no labels",
+            want=f"{model.num_classes} classes",
+        )
+
+
+def demo_teacher() -> Path:
+    """The diffusion model of 8x8 digits that the package ships (docs/demo.md says which command made it)."""
+    return Path(str(importlib.resources.files("fewstep"))) / "data" / "embedded" / "digits-teacher"
+
+
+def rows_of(run: Run) -> list[Row]:
+    """The quality table of a finished run."""
+    return [
+        Row(model, row["nfe"], row["metrics"], row["samples_per_second"])
+        for model, result in (run.results or {}).items()
+        for row in result["rows"]
+    ]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The process group of a run, left at the end."""
+    world = World.join(device)
+    try:
+        yield world
+    finally:
+        world.leave()
+
+
+def _run(
+    config: RunConfig,
+    student: Denoiser,
+    teacher: Denoiser | None,
+    source: Source,
+    world: World,
+    out: Path,
+    watcher: Watcher | None,
+    command: str,
+) -> Run:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(
+            f"The output '{out}' already exists and is not empty",
+            do=f"Continue it with: fewstep resume {out}. Or choose another --out",
+        )
+    trainer = Trainer(config, student.to(world.device), source, world)
+    world.wait()
+    if world.leads:
+        write_text(out / "config.yaml", dump_yaml(config))
+    return _finish(trainer, teacher, out, watcher, command)
+
+
+def _finish(trainer: Trainer, teacher: Denoiser | None, out: Path, watcher: Watcher | None, command: str) -> Run:
+    watcher = watcher or Watcher()
+    train(trainer, out, watcher)
+    results = finish(trainer, teacher, out, watcher, command) if trainer.world.leads else None
+    trainer.world.wait()
+    return Run(out, trainer.config, results)

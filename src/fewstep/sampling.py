@@ -1,0 +1,243 @@
+"""Samplers: the few-step consistency sampler and EDM's Heun sampler for the teacher.
+
+All of them work in EDM coordinates, start from ``sigma_max * noise`` (not from N(0, T^2 + sigma_d^2)), keep
+the state in float64 and draw noise per sample: sample i depends on the seed and on i alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser, Guided
+from fewstep.errors import ConfigError
+from fewstep.process import EDM
+from fewstep.randomness import Streams
+from fewstep.types import Samples
+
+Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Noise = Callable[[int], Tensor]
+"""Fresh standard normal noise for step k, ``[b, ...]``."""
+
+MID_SIGMA = 0.821
+"""Second time of the published two-step sampler on CIFAR-10 at sigma_d = 0.5 (math.md 2.6)."""
+
+
+# ------------------------------------------------------------------------------------------ schedules
+def karras_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+    """EDM's ``steps`` nodes from sigma_max to sigma_min, then 0 (EDM eq. 5; math.md 4.1); NFE 2 steps - 1."""
+    if steps < 1:
+        raise ConfigError("The number of sampling steps must be at least 1", got=steps)
+    if steps == 1:
+        return [sigma_max, 0.0]
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)] + [0.0]
+
+
+def few_step_times(denoiser: Denoiser, steps: int) -> list[float]:
+    """Noise levels of an N-step consistency sampler, largest first.
+
+    The model's own ``sampler_times`` where it carries them; else sigma_max, followed for two steps by ECT's
+    0.821 (scaled by sigma_d/0.5), and for more by levels spaced evenly in ln sigma around it, from
+    0.821 * 4^(1 - 2/N) down to 0.821 / 4^(1 - 2/N).
+    """
+    if steps < 1:
+        raise ConfigError("The number of sampling steps must be at least 1", got=steps)
+    if steps in denoiser.sampler_times:
+        return list(denoiser.sampler_times[steps])
+    mid = MID_SIGMA * denoiser.sigma_data / 0.5
+    spread = math.log(4.0) * (1 - 2 / steps)
+    count = steps - 1
+    offsets = [spread * (1 - 2 * i / (count - 1)) if count > 1 else 0.0 for i in range(count)]
+    return [denoiser.sigma_max, *(mid * math.exp(o) for o in offsets)]
+
+
+# ----------------------------------------------------------------------------------------- algorithms
+def consistency_sample(model: Model, latents: Samples, times: Sequence[float], noise: Noise, cond: Tensor | None = None) -> Samples:
+    """Multistep consistency sampling, ``x <- f(t_0 z, t_0); x <- f(x + t_k z_k, t_k)`` (math.md eq. 2.10).
+
+    Args:
+        model: ``f(x, sigma, cond)`` in EDM coordinates; NFE is ``len(times)``.
+        latents: standard normal noise ``[b, ...]``.
+        times: noise levels, decreasing.
+        noise: fresh noise for k = 1, 2, ...
+    """
+    x = model(latents * times[0], _level(times[0], latents), cond).double()
+    for k, sigma in enumerate(times[1:], start=1):
+        x_t = x + sigma * noise(k).double()
+        x = model(x_t.to(latents.dtype), _level(sigma, latents), cond).double()
+    return x.to(latents.dtype)
+
+
+def heun_sample(
+    model: Model,
+    latents: Samples,
+    times: Sequence[float],
+    noise: Noise | None = None,
+    cond: Tensor | None = None,
+    *,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+    order: int = 2,
+) -> Samples:
+    """EDM's sampler (EDM algorithm 2; math.md 4.1): Heun with optional churn, last step Euler.
+
+    Args:
+        model: denoiser ``D(x, sigma, cond)`` in EDM coordinates.
+        latents: standard normal noise ``[b, ...]``.
+        times: noise levels, decreasing, ending in 0; NFE is ``2 (len(times) - 1) - 1`` (order 2).
+        noise: noise of step k = 0, 1, ...; needed only with churn.
+        churn: S_churn; churn_range: (S_min, S_max); churn_noise: S_noise.
+        order: 2 (Heun) or 1 (Euler).
+    """
+    steps = len(times) - 1
+    gamma_max = min(churn / steps, math.sqrt(2) - 1)
+    x = latents.double() * times[0]
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        return (x - model(x.to(latents.dtype), _level(sigma, latents), cond).double()) / sigma
+
+    for k, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        gamma = gamma_max if churn_range[0] <= t <= churn_range[1] else 0.0
+        t_hat = t * (1 + gamma)
+        if gamma > 0:
+            if noise is None:
+                raise ConfigError("A sampler with churn needs noise")
+            x = x + math.sqrt(t_hat**2 - t**2) * churn_noise * noise(k).double()
+        d = slope(x, t_hat)
+        x_next = x + (t_next - t_hat) * d
+        if t_next > 0 and order == 2:
+            x_next = x + (t_next - t_hat) * 0.5 * (d + slope(x_next, t_next))
+        x = x_next
+    return x.to(latents.dtype)
+
+
+# ------------------------------------------------------------------------------------------ front doors
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    n: int,
+    *,
+    steps: int = 1,
+    times: Sequence[float] | None = None,
+    seed: int = 0,
+    cond: Tensor | None = None,
+    guidance: float | None = None,
+    batch_size: int | None = None,
+) -> Samples:
+    """``n`` samples in ``steps`` network evaluations, ``[n, ...]`` in model space.
+
+    Args:
+        denoiser: a consistency model (any denoiser works; a diffusion model gives blurred means).
+        times: EDM noise levels, decreasing; default :func:`few_step_times`.
+        cond: class indices ``[n]`` or one-hot ``[n, num_classes]``.
+        guidance: weight w of ``f_u + w (f_c - f_u)``; a heuristic on consistency models (math.md 3.4),
+            doubles the evaluations.
+        batch_size: how many samples at once; changes nothing in the result but the rounding.
+    """
+    levels = check_times(times, denoiser) if times is not None else few_step_times(denoiser, steps)
+
+    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
+        return consistency_sample(model, latents, levels, noise, cond)
+
+    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size)
+
+
+@torch.no_grad()
+def ode_sample(
+    denoiser: Denoiser,
+    n: int,
+    *,
+    steps: int = 18,
+    seed: int = 0,
+    cond: Tensor | None = None,
+    guidance: float | None = None,
+    batch_size: int | None = None,
+    sigma_min: float = 0.002,
+    rho: float = 7.0,
+    churn: float = 0.0,
+    order: int = 2,
+) -> Samples:
+    """``n`` samples of a diffusion model by EDM's Heun sampler, ``[n, ...]``; NFE ``2 steps - 1``.
+
+    ``steps=18`` is EDM's CIFAR-10 setting (35 NFE), ``steps=1`` the denoiser itself; ``order=1`` is Euler, one
+    evaluation per step. Same noise per seed and index as :func:`sample`.
+    """
+    grid = karras_grid(steps, max(sigma_min, denoiser.sigma_min), denoiser.sigma_max, rho)
+
+    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
+        return heun_sample(model, latents, grid, noise, cond, churn=churn, order=order)
+
+    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size)
+
+
+def ode_sample_nfe(denoiser: Denoiser, n: int, nfe: int, *, seed: int = 0, cond: Tensor | None = None, batch_size: int | None = None) -> Samples:
+    """The teacher in exactly ``nfe`` evaluations: Heun where nfe is odd, Euler where it is even."""
+    odd = nfe % 2 == 1
+    steps = (nfe + 1) // 2 if odd else nfe
+    return ode_sample(denoiser, n, steps=steps, order=2 if odd else 1, seed=seed, cond=cond, batch_size=batch_size)
+
+
+def check_times(times: Sequence[float], denoiser: Denoiser) -> list[float]:
+    """``times`` as a list, or an error if they are not positive, decreasing and within sigma_max."""
+    levels = [float(t) for t in times]
+    decreasing = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    if not levels or not decreasing or not (levels[-1] > 0 and levels[0] <= denoiser.sigma_max * (1 + 1e-6)):
+        raise ConfigError(
+            "The sampling times cannot be used",
+            got=levels,
+            want=f"decreasing noise levels in (0, {denoiser.sigma_max:g}], largest first",
+        )
+    return levels
+
+
+def _in_batches(
+    run: Callable[[Model, Tensor, Noise, Tensor | None], Tensor],
+    denoiser: Denoiser,
+    n: int,
+    seed: int,
+    cond: Tensor | None,
+    guidance: float | None,
+    batch_size: int | None,
+) -> Samples:
+    if n < 1:
+        raise ConfigError("The number of samples must be at least 1", got=n)
+    if cond is not None and len(cond) != n:
+        raise ConfigError("There is not one label per sample", got=len(cond), want=n)
+    edm = denoiser.under(EDM())
+    model: Model = edm if guidance is None or guidance == 1 else Guided(edm, guidance)
+    streams, shape = Streams(seed), denoiser.sample_shape
+    training = denoiser.training
+    denoiser.eval()
+    edm.eval()
+    try:
+        parts = []
+        for index in _chunks(n, batch_size or default_batch_size(shape), denoiser.device):
+            part = None if cond is None else cond[int(index[0]) : int(index[-1]) + 1]
+
+            def noise(k: int, index: Tensor = index) -> Tensor:
+                return streams.normal(f"sample/noise/{k}", index, shape, denoiser.dtype)
+
+            latents = streams.normal("sample/latent", index, shape, denoiser.dtype)
+            parts.append(run(model, latents, noise, part))
+        return torch.cat(parts)
+    finally:
+        denoiser.train(training)
+
+
+def default_batch_size(shape: tuple[int, ...]) -> int:
+    """Samples at once that keep a batch near two million values."""
+    return max(1, min(1024, 2_000_000 // math.prod(shape)))
+
+
+def _chunks(n: int, size: int, device: torch.device) -> Iterator[Tensor]:
+    for start in range(0, n, size):
+        yield torch.arange(start, min(start + size, n), device=device)
+
+
+def _level(sigma: float, like: Tensor) -> Tensor:
+    return torch.full((len(like),), sigma, dtype=like.dtype, device=like.device)

@@ -1,0 +1,1 @@
+"""The trainer and what it is made of; the only user of torch.distributed."""

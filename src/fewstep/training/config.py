@@ -1,0 +1,179 @@
+"""One complete configuration of a run: what a recipe is, and what ``config.yaml`` holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fewstep.ema import AnyEMA, ConstantEMA
+from fewstep.errors import ConfigError
+from fewstep.objectives import ECT, AnyObjective
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on.
+
+    Args:
+        source: a SOURCE (see ``fewstep tune --help``).
+        resize, channels, split: as for ``open_source``.
+        labels: use the labels of the source where the model is class-conditional.
+        label_drop: share of rows whose label is hidden, for guidance later.
+        flip: mirror half of the images.
+    """
+
+    source: str = "digits"
+    resize: int | None = None
+    channels: int | None = None
+    split: str = "train"
+    labels: bool = True
+    label_drop: float = 0.0
+    flip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network of a pretraining run; tuning takes the teacher's.
+
+    Args:
+        backbone: a name in BACKBONES.
+        kwargs: its arguments; sample_shape and num_classes come from the data.
+        conditional: give it the labels.
+        sigma_data: standard deviation of the data in model space.
+    """
+
+    backbone: str = "unet"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    conditional: bool = False
+    sigma_data: float = 0.5
+    sigma_max: float = 80.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """How the tuned network differs from its teacher.
+
+    Args:
+        dropout: probability in every dropout layer while tuning; None keeps the teacher's.
+        boundary_shift: of the tuned model at evaluation (ECT's public code: 0.003).
+        sampler_times: step count -> noise levels that the tuned model carries ("2": [80, 0.821]).
+    """
+
+    dropout: float | None = None
+    boundary_shift: float = 0.0
+    sampler_times: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser and its learning rate as a function of the images seen.
+
+    Args:
+        name: "radam", "adam" or "adamw".
+        lr: base learning rate.
+        schedule: "constant"; "inverse_sqrt", ``lr / sqrt(max(images/decay_images, 1))``; "linear" and "cosine",
+            to 0 over the last ``decay_share`` of the run.
+        decay_images, decay_share: of the schedules above.
+        warmup_images: linear warm-up from 0.
+        clip: largest gradient norm; None for none.
+        guard: what is done about non-finite gradients: "stop" (nothing is hidden: the run stops) or "zero"
+            (nan -> 0, +-inf -> +-1e5 as in the published ECT code; a non-finite loss still stops).
+    """
+
+    name: Literal["radam", "adam", "adamw"] = "radam"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "inverse_sqrt", "linear", "cosine"] = "constant"
+    decay_images: int = 256_000
+    decay_share: float = 0.3
+    warmup_images: int = 0
+    clip: float | None = None
+    guard: Literal["stop", "zero"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ConfigError("The learning rate must be positive", got=self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """When a run writes what; all in training images.
+
+    Args:
+        log_images: between two rows of metrics.jsonl.
+        sample_images: between two sample grids; 0 for none.
+        checkpoint_images: between two checkpoints.
+        keep: how many checkpoints stay.
+        grid: samples per grid.
+    """
+
+    log_images: int = 5_120
+    sample_images: int = 102_400
+    checkpoint_images: int = 102_400
+    keep: int = 2
+    grid: int = 64
+
+    def __post_init__(self) -> None:
+        if self.log_images < 1 or self.checkpoint_images < 1 or self.sample_images < 0 or self.keep < 1 or self.grid < 1:
+            raise ConfigError("The output intervals must be positive (sample_images may be 0)", got=self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The table at the end of a run.
+
+    Args:
+        samples: per row; 0 for no table.
+        steps: of the tuned model; teacher_nfe: of the teacher's solver.
+        features: a feature net (see ``fewstep eval --help``); "auto" is pixels up to 256 values, else pca:64.
+    """
+
+    samples: int = 2_000
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    teacher_nfe: tuple[int, ...] = (1, 2, 4, 8, 35)
+    features: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run from start to end; every schedule in it is a function of the images seen.
+
+    Args:
+        job: "tune" or "pretrain".
+        images: training images in total.
+        batch_size: global, over all processes; micro_batch: per pass and process, None for all at once.
+        emas: moving averages; the first one is the model that comes out.
+        precision: "fp32", "tf32" (CUDA) or "bf16" autocast.
+        note: shown by ``fewstep recipes`` and in the report, for example "not measured here".
+    """
+
+    job: Literal["tune", "pretrain"] = "tune"
+    recipe: str = "custom"
+    note: str = ""
+    teacher: str = ""
+    seed: int = 0
+    images: int = 1_024_000
+    batch_size: int = 128
+    micro_batch: int | None = None
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    objective: AnyObjective = field(default_factory=ECT)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    emas: tuple[AnyEMA, ...] = (ConstantEMA(0.9999),)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.images < 1:
+            raise ConfigError("A run needs at least one image and a batch of at least one", got=(self.images, self.batch_size))
+        if not self.emas:
+            raise ConfigError("A run needs at least one moving average", got="emas: []", do="Set emas: [{kind: constant, beta: 0}]")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: whole batches that cover ``images``."""
+        return -(-self.images // self.batch_size)

@@ -1,0 +1,127 @@
+"""What a run will need: memory from counted tensors, time from a few measured steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.data import Source
+from fewstep.denoiser import Denoiser
+from fewstep.objectives import StepRandom
+from fewstep.process import EDM
+from fewstep.randomness import Streams
+from fewstep.training.config import RunConfig
+from fewstep.training.feed import Feed
+from fewstep.training.trainer import Trainer
+from fewstep.training.world import World
+from fewstep.types import Progress
+
+PROBE_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predictions for one process; bytes and seconds.
+
+    ``activations`` are the tensors that autograd keeps for one pass of ``micro_batch`` images; ``memory``
+    adds weights, gradients, optimiser state and averages. ``seconds`` is for training alone.
+    """
+
+    parameters: int
+    steps: int
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    micro_batch: int
+    images_per_second: float
+    seconds: float
+    checkpoint: int
+    disk: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes in total, without what the framework itself takes."""
+        return self.weights + self.gradients + self.optimizer + self.averages + self.activations
+
+
+def plan(config: RunConfig, student: Denoiser, source: Source, world: World, *, budget: float = 20.0) -> Plan:
+    """Predict memory and time of a run on this machine.
+
+    Args:
+        config, student, source, world: as for the trainer; the student is not changed.
+        budget: seconds to spend on measuring.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    size = sum(p.nbytes for p in student.parameters())
+    trained = sum(p.nbytes for p in parameters)
+    share = len(world.share(config.batch_size))
+    micro = min(config.micro_batch or share, share)
+    per_image = activation_bytes(config, student.to(world.device), source) / PROBE_IMAGES
+    rate = _measure(config, student, source, world, micro, budget)
+    averages = size * len(config.emas)
+    checkpoint = 2 * trained + size + averages
+    return Plan(
+        parameters=sum(p.numel() for p in student.parameters()),
+        steps=config.steps,
+        weights=size,
+        gradients=trained,
+        optimizer=2 * trained,
+        averages=averages,
+        activations=int(per_image * micro),
+        micro_batch=micro,
+        images_per_second=rate * world.size,
+        seconds=config.images / (rate * world.size),
+        checkpoint=checkpoint,
+        disk=checkpoint * (config.output.keep + 1) + size,
+    )
+
+
+def activation_bytes(config: RunConfig, student: Denoiser, source: Source) -> int:
+    """Bytes that autograd keeps for a loss on ``PROBE_IMAGES`` images (each storage once, weights not counted)."""
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model = student.under(EDM())
+    feed = Feed(source, model, config.data, config.seed)
+    try:
+        batch = feed.batch(range(PROBE_IMAGES))
+    finally:
+        feed.close()
+    random = StepRandom(Streams(config.seed), torch.arange(PROBE_IMAGES), model.device)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = config.objective.loss(model, batch, Progress(0, config.images), random).per_sample.sum()
+        total = sum(kept.values())
+    del loss
+    return total
+
+
+def _measure(config: RunConfig, student: Denoiser, source: Source, world: World, micro: int, budget: float) -> float:
+    """Images per second of real steps at the end of the schedule, where every row needs its target pass."""
+    small = replace(config, batch_size=micro, micro_batch=None, images=micro * 1000)
+    alone = World(0, 1, world.device)
+    trainer = Trainer(small, student.clone(), source, alone)
+    deadline = time.perf_counter() + budget
+    times: list[float] = []
+    last = time.perf_counter()
+    for _ in trainer.steps():
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+        if now + times[-1] > deadline or len(times) >= 12:
+            break
+    steady = sorted(times[1:] or times)
+    return micro / steady[len(steady) // 2]

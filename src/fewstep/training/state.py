@@ -1,0 +1,82 @@
+"""Save and restore the whole state of a trainer, to the same bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from fewstep.checkpoint.model import KIND as MODEL_KIND
+from fewstep.checkpoint.model import describe, latest_checkpoint
+from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors, write_text
+from fewstep.config import to_dict
+from fewstep.denoiser import load_weights
+from fewstep.errors import CheckpointError
+from fewstep.training.optim import optimizer_tensors, restore_optimizer
+from fewstep.training.trainer import Trainer
+
+KIND = "fewstep-checkpoint"
+
+
+def save_state(trainer: Trainer, run: Path) -> Path:
+    """Write ``checkpoints/images-XXXXXXXXX`` atomically, point ``latest`` to it, drop the oldest beyond ``keep``.
+
+    Only the leading process writes. A checkpoint with non-finite history is never written.
+    """
+    path = run / "checkpoints" / f"images-{trainer.images_seen:09d}"
+    if trainer.world.leads:
+        with new_directory(path) as directory:
+            student = trainer.student
+            write_json(directory / "model.json", describe(student))
+            write_tensors(directory / "student.safetensors", student.backbone.state_dict())
+            for k, average in enumerate(trainer.averages):
+                write_tensors(directory / f"ema-{k}.safetensors", average.backbone.state_dict())
+            write_tensors(directory / "optimizer.safetensors", optimizer_tensors(student.backbone, trainer.optimizer))
+            write_tensors(directory / "sums.safetensors", {"sums": trainer.sums})
+            write_json(directory / "state.json", _record(trainer))
+        write_text(run / "checkpoints" / "latest", path.name + "\n")
+        _drop_old(run, trainer.config.output.keep)
+    trainer.world.wait()
+    return path
+
+
+def restore_state(trainer: Trainer, run: Path) -> Path:
+    """Continue from the newest checkpoint of ``run``.
+
+    Raises:
+        CheckpointError: it is damaged, of another version, or was made with other data.
+    """
+    path = latest_checkpoint(run)
+    record = read_json(path / "state.json", KIND)
+    if record["data"] != trainer.source.fingerprint:
+        raise CheckpointError(
+            "The data is not what this run was started with, so it cannot continue to the same result",
+            got=f"fingerprint {trainer.source.fingerprint[:12]} of {trainer.source.name}",
+            want=f"fingerprint {str(record['data'])[:12]}",
+        )
+    read_json(path / "model.json", MODEL_KIND)
+    student = trainer.student
+    load_weights(student.backbone, read_tensors(path / "student.safetensors"), str(path))
+    for k, average in enumerate(trainer.averages):
+        load_weights(average.backbone, read_tensors(path / f"ema-{k}.safetensors"), str(path))
+    restore_optimizer(student.backbone, trainer.optimizer, read_tensors(path / "optimizer.safetensors"))
+    trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
+    trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
+    return path
+
+
+def _record(trainer: Trainer) -> dict[str, object]:
+    return header(KIND) | {
+        "images_seen": trainer.images_seen,
+        "summed_steps": trainer.summed_steps,
+        "data": trainer.source.fingerprint,
+        "torch": torch.__version__,
+        "config": to_dict(trainer.config),
+    }
+
+
+def _drop_old(run: Path, keep: int) -> None:
+    checkpoints = sorted((run / "checkpoints").glob("images-*"))
+    for old in checkpoints[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)

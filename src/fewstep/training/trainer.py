@@ -1,0 +1,181 @@
+"""The training loop as a generator: every step is a pure function of the state and the images seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fewstep import ema
+from fewstep.data import Source
+from fewstep.denoiser import Denoiser
+from fewstep.errors import NonFiniteError
+from fewstep.objectives import Objective, StepRandom
+from fewstep.process import EDM
+from fewstep.randomness import Streams
+from fewstep.training.config import RunConfig
+from fewstep.training.feed import Feed
+from fewstep.training.optim import learning_rate, make_optimizer, sanitise
+from fewstep.training.world import World
+from fewstep.types import Batch, Progress
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: ``progress`` after it, and host numbers that cost no device read."""
+
+    progress: Progress
+    lr: float
+    schedule: dict[str, float]
+
+
+class Trainer:
+    """Trains a student; owns the optimiser, the averages and the running sums of the log.
+
+    Args:
+        config: the whole configuration.
+        student: the network to train, on ``world.device``; trained under the EDM clock.
+        source: the data.
+        world: the processes.
+    """
+
+    def __init__(self, config: RunConfig, student: Denoiser, source: Source, world: World) -> None:
+        self.config, self.world, self.source = config, world, source
+        self.student = student.under(EDM())
+        _agree(self.student, world)
+        set_dropout(self.student, config.student.dropout)
+        self.averages = [_frozen_copy(self.student) for _ in config.emas]
+        self.optimizer = make_optimizer(self.student, config.optim)
+        self.images_seen = 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        """Since the last log row: loss, gradient norm, and how many of either were not finite."""
+        self.summed_steps = 0
+        self._streams = Streams(config.seed)
+        self._module = _LossModule(self.student, config.objective)
+        self._wrapped: nn.Module = self._module
+        if world.size > 1:
+            self._wrapped = DistributedDataParallel(self._module, broadcast_buffers=False)
+
+    @property
+    def progress(self) -> Progress:
+        """The clock."""
+        return Progress(self.images_seen, self.config.images)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train until ``config.images`` have been seen, one optimiser step per item."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
+        feed = Feed(self.source, self.student, self.config.data, self.config.seed)
+        try:
+            while self.images_seen < self.config.images:
+                yield self._step(feed)
+        finally:
+            feed.close()
+
+    def _step(self, feed: Feed) -> StepReport:
+        config, start, progress = self.config, self.images_seen, self.progress
+        lr = learning_rate(config.optim, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.student.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(feed, start, progress)
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        if config.optim.guard == "zero":
+            sanitise(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if config.optim.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.student.parameters()), config.optim.clip, norm)
+        self.optimizer.step()
+        self.images_seen += config.batch_size
+        for law, average in zip(config.emas, self.averages, strict=True):
+            beta = law.decay(self.images_seen, config.batch_size)
+            ema.update(average.parameters(), self.student.parameters(), beta)
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self.sums += torch.stack((loss, norm, bad.to(loss.dtype))).double()
+        self.summed_steps += 1
+        return StepReport(self.progress, lr, config.objective.describe(progress))
+
+    def _backward(self, feed: Feed, start: int, progress: Progress) -> Tensor:
+        """Accumulate gradients over this process's share of the global batch; mean loss of the share."""
+        config = self.config
+        share = self.world.share(config.batch_size)
+        size = config.micro_batch or len(share)
+        parts = [range(start + a, start + min(a + size, share.stop)) for a in range(share.start, share.stop, size)]
+        following = parts[1:] + [range(parts[0].start + config.batch_size, parts[0].stop + config.batch_size)]
+        total = torch.zeros((), device=self.world.device)
+        for part, ahead in zip(parts, following, strict=True):
+            batch = feed.batch(part, ahead)
+            random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device)
+            last = part is parts[-1]
+            with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():  # type: ignore[operator]
+                with _autocast(config.precision, self.world.device):
+                    loss = self._wrapped(batch, progress, random).sum() / len(share)
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def read_sums(self) -> dict[str, float]:
+        """Mean loss and gradient norm since the last call; the only place where the device is read.
+
+        Raises:
+            NonFiniteError: a loss or a gradient was not finite.
+        """
+        loss, norm, bad = self.world.mean(self.sums).tolist()
+        if bad > 0:
+            raise NonFiniteError(
+                f"The loss or its gradient stopped being finite before image {self.images_seen}",
+                do="The last good checkpoint is kept. Try a lower optim.lr, optim.clip=1, a larger objective.penalty.c, "
+                "or --set precision=fp32, then: fewstep resume RUN, or start again",
+            )
+        steps = max(self.summed_steps, 1)
+        self.sums.zero_()
+        self.summed_steps = 0
+        return {"loss": loss / steps, "grad_norm": norm / steps}
+
+    def peek_finite(self) -> bool:
+        """Whether everything since the last log row was finite (reads the device)."""
+        return bool(self.world.mean(self.sums)[2].item() == 0)
+
+
+class _LossModule(nn.Module):
+    """The loss as a module, so that DistributedDataParallel sees one forward pass."""
+
+    def __init__(self, student: Denoiser, objective: Objective) -> None:
+        super().__init__()
+        self.student, self._objective = student, objective
+
+    def forward(self, batch: Batch, progress: Progress, random: StepRandom) -> Tensor:
+        return self._objective.loss(self.student, batch, progress, random).per_sample
+
+
+def set_dropout(module: nn.Module, p: float | None) -> None:
+    """Give every dropout layer that the network has the probability ``p``; None leaves them alone."""
+    if p is None:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
+            layer.p = p
+        elif isinstance(getattr(layer, "dropout", None), float):
+            layer.dropout = p  # type: ignore[assignment]
+
+
+def _frozen_copy(student: Denoiser) -> Denoiser:
+    return student.clone().requires_grad_(False).eval()
+
+
+def _agree(student: Denoiser, world: World) -> None:
+    """All processes start from the weights of process 0."""
+    if world.size > 1:
+        for tensor in student.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+
+
+def _autocast(precision: str, device: torch.device) -> Any:
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

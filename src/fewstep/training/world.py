@@ -1,0 +1,93 @@
+"""The processes of a run: rank, size, device, and the few collective operations."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fewstep.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others; one process alone is a world of size 1."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str = "auto") -> World:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun, accelerate launch) and join the process group.
+
+        Raises:
+            ConfigError: the device does not exist here.
+        """
+        rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        chosen = pick_device(device, local)
+        if size > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=size)
+        return cls(rank, size, chosen)
+
+    def leave(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """True in the one process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> range:
+        """This process's positions in the global batch.
+
+        Raises:
+            ConfigError: the batch does not divide by the number of processes.
+        """
+        if batch_size % self.size:
+            raise ConfigError("The batch does not divide by the number of processes", got=f"batch_size={batch_size}", want=f"a multiple of {self.size}")
+        local = batch_size // self.size
+        return range(self.rank * local, (self.rank + 1) * local)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the processes, of a small tensor."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """True in all processes if true in one."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([float(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """"auto" is this process's GPU where there is one, then Apple's, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"'{name}' is not a device", want="cpu, cuda, cuda:1 or auto") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("No CUDA device is available here", got=name, do="Use --device cpu")
+        device = torch.device("cuda", device.index if device.index is not None else local_rank)
+        torch.cuda.set_device(device)
+    return device
