@@ -308,8 +308,8 @@ class Guided(nn.Module):
         return unconditional + self.weight * (self.denoiser(x_t, t, cond) - unconditional)
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy ``state`` into ``module`` by name, or list every missing, unexpected and mis-shaped tensor.
+def check_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Compare names and shapes, and list every missing, unexpected and mis-shaped tensor.
 
     Raises:
         CheckpointError: the names or shapes do not fit exactly.
@@ -326,4 +326,9 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
     found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems if names)
     if found:
         raise CheckpointError(f"The weights in {source} do not fit the network", got=found)
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy ``state`` into ``module`` by name, after :func:`check_weights`."""
+    check_weights(module, state, source)
     module.load_state_dict(state)

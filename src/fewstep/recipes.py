@@ -65,7 +65,7 @@ def _imagenet64(size: str, *, lr: float, dropout: float, teacher: str, published
             name="adam", lr=lr, betas=(0.9, 0.99), schedule="inverse_sqrt", decay_images=2000 * 128, guard="zero"
         ),
         emas=emas,
-        student=StudentConfig(dropout=dropout, sampler_times={"2": [80.0, 1.526]}),
+        student=StudentConfig(dropout=dropout, dropout_max_resolution=16, sampler_times={"2": [80.0, 1.526]}),
         data=DataConfig(source="imagenet-64x64.zip"),
         output=OutputConfig(log_images=6_400, sample_images=640_000, checkpoint_images=640_000),
         eval=EvalConfig(samples=0),
@@ -85,7 +85,7 @@ def _demo(teacher: bool) -> RunConfig:
             optim=OptimConfig(name="adam", lr=1e-3, warmup_images=12_800, schedule="cosine", decay_share=0.6),
             emas=(ConstantEMA(0.999),),
             data=DataConfig(source="digits", labels=False),
-            model=ModelConfig(backbone="unet", kwargs={"channels": 32, "multipliers": [1, 2], "blocks": 2, "attention": [4]}),
+            model=ModelConfig(backbone="unet", kwargs={"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [4]}),
             output=OutputConfig(log_images=2_560, sample_images=64_000, checkpoint_images=64_000),
         )
     return RunConfig(

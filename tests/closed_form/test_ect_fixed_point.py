@@ -107,7 +107,9 @@ def test_the_objective_itself_is_stationary_there(penalty: Penalty, ratio: float
             loss = ECT(mapping=mapping, penalty=penalty).loss_at(as_denoiser(f), x_0, times, eps, ratio)
             (weights @ loss).backward()
             gradients.append(float(shift.grad))
-        assert abs(gradients[0]) < 1e-6 * abs(gradients[1]), (t, gradients)
+        # the pseudo-Huber distance is no polynomial: its quadrature is good to four digits
+        exactness = 1e-6 if penalty.distance == "squared_l2" else 5e-3
+        assert abs(gradients[0]) < exactness * abs(gradients[1]), (t, gradients)
 
 
 def test_loss_floor_of_a_perfect_model() -> None:

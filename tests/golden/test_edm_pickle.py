@@ -51,7 +51,8 @@ def assert_bit_equal(state: dict[str, Tensor], expected: dict[str, np.ndarray]) 
         wanted = torch.from_numpy(expected[name].copy()).to(tensor.dtype)
         assert tensor.shape == wanted.shape, name
         assert torch.equal(tensor, wanted), name
-        assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def below(values: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -102,7 +103,8 @@ def test_class_and_arguments(golden: Path, name: str) -> None:
 def test_weights_are_bit_equal(golden: Path, name: str) -> None:
     record = read_network(golden / name)
     assert_bit_equal(record.state, below(arrays(golden / SNAPSHOTS[name]), "w/model."))
-    assert record.precond_state == {} and record.optimizer_state is None
+    assert record.precond_state == {}
+    assert record.optimizer_state is None
 
 
 @pytest.mark.parametrize("name", SNAPSHOTS)
@@ -164,17 +166,19 @@ def test_what_is_not_the_network_stays_inert(golden: Path) -> None:
     tree = read_pickle(golden / "edm_snapshot.pkl")
     assert isinstance(tree, dict)
     loss, pipe = tree["loss_fn"], tree["augment_pipe"]
-    assert isinstance(loss, Persistent) and isinstance(pipe, Persistent)
+    assert isinstance(loss, Persistent)
+    assert isinstance(pipe, Persistent)
     assert (loss.class_name, pipe.class_name) == ("ECMLoss", "AugmentPipe")
     assert str(TRIPWIRE) in loss.source, "the embedded source is kept as text"
     method = loss.state["t_to_r"]
-    assert isinstance(method, Opaque) and method.name == "builtins.getattr"
+    assert isinstance(method, Opaque)
+    assert method.name == "builtins.getattr"
     assert method.args[1] == "t_to_r_sigmoid"
     assert pipe.init_kwargs["p"] == 0.12  # type: ignore[index]
 
 
 def test_the_error_names_the_networks_there_are(golden: Path) -> None:
-    with pytest.raises(CheckpointError, match="no network called 'ema'.*Known: net"):
+    with pytest.raises(CheckpointError, match=r"no network called 'ema'.*Known: net"):
         read_network(golden / LOOP_PT)
 
 
@@ -184,7 +188,7 @@ def test_every_truncation_is_one_clear_sentence(golden: Path, tmp_path: Path, na
     for twentieth in range(20):
         path = tmp_path / name
         path.write_bytes(raw[: len(raw) * twentieth // 20])
-        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: it.*Check that"):
+        with pytest.raises(CheckpointError, match=r"cannot be read as a checkpoint: it.*Check that"):
             read_network(path, which="net" if name == LOOP_PT else "ema")
 
 

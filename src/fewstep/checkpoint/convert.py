@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewstep.backbones import build
 from fewstep.checkpoint.edm_pickle import NetworkRecord, read_network, require_supported
 from fewstep.checkpoint.model import save_model
-from fewstep.denoiser import Denoiser, Parametrization, load_weights
+from fewstep.denoiser import Denoiser, Parametrization, check_weights, load_weights
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.process import EDM, VP, Process
 
@@ -55,7 +56,7 @@ def denoiser_of(record: NetworkRecord, source: Path) -> Denoiser:
     native, parametrization = _meaning(record)
     about = record.precond_kwargs
     size, channels = _whole(about, "img_resolution", source), _whole(about, "img_channels", source)
-    sigma_max = float(about.get("sigma_max") or 80.0)  # type: ignore[arg-type]
+    sigma_max = float(about.get("sigma_max") or 80.0)  # type: ignore[arg-type]  # infinite in EDM's own files
     return Denoiser(
         backbone,
         EDM(),
@@ -69,13 +70,15 @@ def denoiser_of(record: NetworkRecord, source: Path) -> Denoiser:
 
 
 def _network(spec: dict[str, Any], record: NetworkRecord, source: Path) -> nn.Module:
+    """The network with its weights; shapes are compared before any memory is spent on it."""
     try:
+        with torch.device("meta"):
+            check_weights(build(spec), record.state, str(source))
         backbone = build(spec)
-    except (ConfigError, ValueError, RuntimeError, MemoryError) as error:
+    except (ConfigError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"'{source}' describes a {record.model_class} that cannot be built: {error}") from error
     own = backbone.state_dict()
-    state = {name: tensor.to(own[name].dtype) if name in own else tensor for name, tensor in record.state.items()}
-    load_weights(backbone, state, str(source))
+    load_weights(backbone, {name: tensor.to(own[name].dtype) for name, tensor in record.state.items()}, str(source))
     return backbone
 
 

@@ -204,11 +204,7 @@ def _attributes(precond: Persistent, ledger: Ledger) -> dict[str, object]:
 
 def _plain(value: object, ledger: Ledger, depth: int = 0) -> object:
     ledger.spend_operations(100)  # arguments are few; shared lists can make them exponentially many
-    if (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and len(value) < 1000)
-    ):
+    if value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) < 1000):
         return value
     if depth < 8 and isinstance(value, list | tuple):
         return [_plain(item, ledger, depth + 1) for item in value]
@@ -234,9 +230,7 @@ def _tensors(root: Persistent, ledger: Ledger) -> Iterator[tuple[str, Tensor, bo
         prefix, module = waiting.pop()
         visited += 1
         if visited > MOST_MODULES or len(prefix) > 1000:
-            raise ledger.damaged(
-                f"its network has more than {MOST_MODULES} modules or modules nested too deeply"
-            )
+            raise ledger.damaged(f"its network has more than {MOST_MODULES} modules or modules nested too deeply")
         if module is None:
             continue
         state = _module_state(module, ledger)
@@ -276,13 +270,9 @@ def _optimizer(
             pass
         case _:
             return None
-    order = [
-        index for group in groups for index in (group.get("params", []) if isinstance(group, dict) else [])
-    ]
+    order = [index for group in groups for index in (group.get("params", []) if isinstance(group, dict) else [])]
     if len(order) != len(learned):
-        raise ledger.damaged(
-            "its optimizer does not belong to its network (the number of parameters differs)"
-        )
+        raise ledger.damaged("its optimizer does not belong to its network (the number of parameters differs)")
     result: dict[str, dict[str, Tensor]] = {}
     for index, (name, parameter) in zip(order, learned, strict=True):
         slot = slots.get(index) if isinstance(index, int) else None
@@ -298,7 +288,5 @@ def _slot(slot: dict[object, object], parameter: Tensor, ledger: Ledger) -> dict
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     moments = [tensors[key] for key in ("exp_avg", "exp_avg_sq") if key in tensors]
     if len(tensors) < 3 or tensors["step"].numel() != 1 or any(m.shape != parameter.shape for m in moments):
-        raise ledger.damaged(
-            "its optimizer does not belong to its network (moments are missing or of another shape)"
-        )
+        raise ledger.damaged("its optimizer does not belong to its network (moments are missing or of another shape)")
     return {key: _own(tensor) for key, tensor in tensors.items()}

@@ -180,9 +180,7 @@ class StandIns:
     def dtype(self, code: object, align: object = False, copy: object = True) -> Opaque:
         """The record of a plain numeric dtype; any other (object, void, text) is refused."""
         if not isinstance(code, str) or not PLAIN_NUMBER.fullmatch(code):
-            raise self._ledger.unsafe(
-                f"numpy.dtype({code!r:.40})" if isinstance(code, str) else "numpy.dtype"
-            )
+            raise self._ledger.unsafe(f"numpy.dtype({code!r:.40})" if isinstance(code, str) else "numpy.dtype")
         return Opaque("numpy.dtype", (code,))
 
     def scalar(self, dtype: object, data: object) -> object:
@@ -221,9 +219,7 @@ def read_legacy_storage(data: memoryview, ledger: Ledger) -> Storage:
     position = 0
     values: list[object] = []
     for _ in range(5):
-        machine = Machine(
-            data, STORAGES, ledger, persistent=lambda pid: declared(pid, ledger), position=position
-        )
+        machine = Machine(data, STORAGES, ledger, persistent=lambda pid: declared(pid, ledger), position=position)
         values.append(machine.run())
         position = machine.position
     match values:

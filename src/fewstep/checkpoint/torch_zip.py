@@ -48,9 +48,7 @@ class Archive:
             if ".." in parts or parts[0] == "" or "\\" in member.orig_filename or ":" in parts[0]:
                 raise self._ledger.damaged("a member of its zip has a path that leads outside of it")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 0x1:
-                raise self._ledger.damaged(
-                    "a member of its zip is compressed or encrypted; torch writes neither"
-                )
+                raise self._ledger.damaged("a member of its zip is compressed or encrypted; torch writes neither")
         if len(names) > MOST_MEMBERS or len(set(names)) != len(names):
             raise self._ledger.damaged("its zip has too many members or two of the same name")
         if sum(max(member.file_size, member.compress_size) for member in members) > size:

@@ -52,13 +52,19 @@ Channels = Annotated[int | None, Parameter(group=DATA, help="1 (grey) or 3 (RGB)
 Split = Annotated[str, Parameter(group=DATA, help="train, or test for an npz with x_test.")]
 
 
+def _console() -> Console:
+    """A console on stderr; where that is no terminal, wide enough for the tables."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, width=140)
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a verb writes: a console on stderr, and the result on stdout where it is asked for as JSON."""
 
     quiet: bool = False
     as_json: bool = False
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    console: Console = field(default_factory=_console)
 
     @property
     def speaks(self) -> bool:

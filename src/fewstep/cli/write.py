@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.data import decode, save_grid, save_images
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
-from fewstep.evaluation.figures import save_points
+from fewstep.evaluation.pictures import save_points
 
 Number = TypeVar("Number", int, float)
 

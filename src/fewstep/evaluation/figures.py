@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fewstep.evaluation.pictures import (
     MOST_POINTS,
     Frame,
     Picture,
-    are_points,
+    are_all_points,
     frame_of,
     inside,
     is_teacher,
@@ -86,7 +87,7 @@ def number(value: float) -> str:
 
 
 def quality_series(rows: Iterable[Row], metric: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Per model: evaluations, rising, and the finite values of ``metric`` there; the last of doubles counts."""
+    """Per model: rising evaluations and the finite values of ``metric`` there; the last of doubles counts."""
     rows = list(rows)
     series = {}
     for model in model_order(row.model for row in rows):
@@ -100,7 +101,7 @@ def quality_series(rows: Iterable[Row], metric: str) -> dict[str, tuple[list[int
 def history_series(
     history: Iterable[Mapping[str, float]], key: str, *, limit: int = MOST_CURVE_POINTS
 ) -> tuple[list[float], list[float]]:
-    """``images`` and ``key`` of the rows that have both as finite numbers; means of bins beyond ``limit`` rows."""
+    """``images`` and ``key`` of the rows with both, finite; means of bins beyond ``limit`` rows."""
     pairs = [(row["images"], row[key]) for row in history if _finite(row, "images") and _finite(row, key)]
     if not pairs:
         return [], []
@@ -112,17 +113,14 @@ def history_series(
 def loss_stages(
     history: Iterable[Mapping[str, float]], *, limit: int = MOST_CURVE_POINTS
 ) -> list[tuple[int | None, list[float], list[float]]]:
-    """The loss, cut where the stage changes: (stage, images, loss) in order; stage None where there is none."""
+    """The loss, cut where the stage changes: (stage, images, loss) in order; stage None if unknown."""
     rows = [row for row in history if _finite(row, "images") and _finite(row, "loss")]
     runs = [
         (stage, list(group))
-        for stage, group in itertools.groupby(
-            rows, lambda row: int(row["stage"]) if _finite(row, "stage") else None
-        )
+        for stage, group in itertools.groupby(rows, lambda row: int(row["stage"]) if _finite(row, "stage") else None)
     ]
     return [
-        (stage, *history_series(group, "loss", limit=max(2, limit * len(group) // len(rows))))
-        for stage, group in runs
+        (stage, *history_series(group, "loss", limit=max(2, limit * len(group) // len(rows)))) for stage, group in runs
     ]
 
 
@@ -199,7 +197,7 @@ def history_svg(history: Sequence[Mapping[str, float]], key: str, label: str) ->
 
 
 def step_dial_png(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) -> None:
-    """One PNG: a column per number of evaluations, a row of grids per model (teacher above), the metric below each.
+    """One PNG: a column per number of evaluations, a row per model (teacher above), the metric below.
 
     Raises:
         DataError: there is no picture, or one is neither images nor points.
@@ -210,7 +208,7 @@ def step_dial_png(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) 
         raise DataError("There are no samples to draw a dial of", got="no pictures", want="at least 1")
     models, steps = model_order(p.model for p in pictures), sorted({p.nfe for p in pictures})
     cells = {(p.model, p.nfe): p.images for p in pictures}
-    frame = frame_of(torch.cat(list(cells.values()))) if are_points(pictures[0].images) else None
+    frame = frame_of(torch.cat(list(cells.values()))) if are_all_points(cells.values()) else None
     metric = leading_metric(rows)
     plotting = _plotting()
     with plotting.style({"text.color": "#1f2933", "axes.labelcolor": "#1f2933"}):
@@ -257,7 +255,7 @@ def _draw_cell(axes: Any, images: Tensor | None, frame: Frame | None, colour: st
         axes.scatter(xy[:, 0], xy[:, 1], s=1.5, color=colour, linewidths=0)
         axes.set_xlim(frame.x - frame.half, frame.x + frame.half)
         axes.set_ylim(frame.y - frame.half, frame.y + frame.half)
-    elif not are_points(images):
+    else:
         axes.imshow(sample_grid(images), interpolation="nearest")
 
 
@@ -282,7 +280,7 @@ def _colour(model: str, models: Sequence[str]) -> str:
 
 
 def _plotting() -> SimpleNamespace:
-    """The parts of matplotlib that are used: no pyplot, so no window and no state of the user's is touched."""
+    """What is used of matplotlib: no pyplot, so no window and no state of the user's is touched."""
     try:
         import matplotlib
         from matplotlib import ticker
@@ -312,7 +310,7 @@ def _axes(name: str, alt: str) -> Iterator[tuple[Any, list[str]]]:
     plotting, drawn = _plotting(), list[str]()
     style = {
         "svg.fonttype": "none",
-        "svg.hashsalt": name,
+        "svg.hashsalt": "fewstep",
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
         **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _LINE),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
@@ -331,27 +329,29 @@ def _axes(name: str, alt: str) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
-    """Matplotlib's file as an element of a page: no addresses, ids of its own, the page's colours and fonts."""
-    prefix = "".join(c if c.isascii() and c.isalnum() else "-" for c in name) + "-"
+    """Matplotlib's file as an element of a page: no addresses, ids of its own, the page's colours."""
+    prefix = f"f{zlib.crc32(name.encode('utf-8', 'backslashreplace')):08x}-"
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        for key, value in attributes.items():
-            if key == "id":
-                value = prefix + value
-            elif key in ("href", "clip-path"):
-                value = value.replace("#", "#" + prefix)
-            for placeholder, colour in _COLOURS.items() if key == "style" else ():
-                value = value.replace(placeholder, colour)
-            attributes[key] = value
-        element.attrib = attributes
+        element.attrib = {key: _on_page(key, value, prefix) for key, value in attributes.items()}
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in ("style", "metadata"):
                 parent.remove(child)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(alt)}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _on_page(key: str, value: str, prefix: str) -> str:
+    if key == "id":
+        return prefix + value
+    if key in ("href", "clip-path"):
+        return value.replace("#", "#" + prefix)
+    for placeholder, colour in _COLOURS.items() if key == "style" else ():
+        value = value.replace(placeholder, colour)
+    return value
 
 
 def _evaluation_axis(axes: Any, counts: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Grids of samples for a page: images as small PNGs, points of the plane as SVG, both inside the page itself."""
+"""Grids of samples for a page: images as small PNGs, points of the plane as SVG, both in the page itself."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.data.codec import save_grid
 from fewstep.errors import DataError
 
 MOST_SAMPLES = 25
 MOST_POINTS = 2000
 LEAST_ENLARGED = 320
-"""Grids narrower than this many pixels are shown enlarged without smoothing."""
+"""Grids smaller than this many pixels are shown enlarged without smoothing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,18 @@ def are_points(images: Tensor) -> bool:
     )
 
 
+def are_all_points(samples: Iterable[Tensor]) -> bool:
+    """Whether all samples of a report are points; if not, all are images; False where there are none.
+
+    Raises:
+        DataError: some cannot be drawn, or images and points mix.
+    """
+    forms = {are_points(images) for images in samples}
+    if len(forms) > 1:
+        raise DataError("The samples of one report mix images and points", do="Give all in one form")
+    return forms == {True}
+
+
 def frame_of(points: Tensor) -> Frame:
     """The square about the central 99 % of ``points [n, 2]`` in each coordinate, with a fifth of margin."""
     xy = _points(points)
@@ -92,7 +107,7 @@ def sample_grid(images: Tensor) -> np.ndarray:
     shown = images[:MOST_SAMPLES].cpu()
     n, _, height, width = shown.shape
     columns = math.ceil(math.sqrt(n))
-    gap = max(1, round(width / 24))
+    gap = max(1, round(width / 16))
     down, across = height + gap, width + gap
     canvas = np.zeros((math.ceil(n / columns) * down - gap, columns * across - gap, 4), dtype=np.uint8)
     for i, picture in enumerate(shown.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
@@ -153,3 +168,13 @@ def printable(text: str) -> str:
 def _points(points: Tensor) -> np.ndarray:
     xy = points.detach().cpu().double().numpy()
     return np.asarray(xy[np.isfinite(xy).all(axis=1)])
+
+
+def save_points(path: Path, points: Tensor, *, side: int = 480) -> None:
+    """Write a scatter of plane points ``[n, 2]`` as a PNG of ``side`` pixels on [-1.5, 1.5]^2, atomically."""
+    xy = ((points.double().numpy() / 3 + 0.5) * (side - 1)).round().astype(np.int64)
+    xy = xy[((xy >= 1) & (xy < side - 1)).all(axis=1)]
+    canvas = np.full((side, side), 255, dtype=np.uint8)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (-1, 0), (0, -1)):
+        canvas[side - 1 - xy[:, 1] + dy, xy[:, 0] + dx] = 40
+    save_grid(path, torch.from_numpy(canvas)[None, None], columns=1, scale=1, pad=0)

@@ -1,4 +1,4 @@
-"""The one-page report of a run: self-contained HTML that loads nothing and runs nothing, and the table of a terminal."""
+"""The one-page report of a run: HTML that loads nothing and runs nothing; and the table of a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fewstep.evaluation.pictures import (
     MOST_SAMPLES,
     Frame,
     Picture,
-    are_points,
+    are_all_points,
     frame_of,
     is_teacher,
     model_order,
@@ -103,12 +103,10 @@ def render(data: ReportData, written: datetime) -> str:
     import jinja2
 
     template = resources.files("fewstep.evaluation").joinpath("templates", "report.html.j2")
-    engine = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     context = {
         "data": data,
-        "verdict": verdict(data.rows),
+        "verdict": verdict(data.rows).replace(" -> ", "\u00a0→ "),
         "table": _table(data.rows),
         "when": f"{written:%Y-%m-%d %H:%M} UTC",
         **_sample_sections(data),
@@ -124,10 +122,12 @@ def render(data: ReportData, written: datetime) -> str:
 def verdict(rows: Sequence[Row]) -> str:
     """One sentence: quality at the fewest evaluations both models were measured at, before and after tuning.
 
-    >>> verdict([Row("teacher (diffusion)", 1, {"FD-pixels-2k": 11.4}, 9.0),
-    ...          Row("teacher (diffusion)", 35, {"FD-pixels-2k": 0.17}, 1.0),
-    ...          Row("tuned", 1, {"FD-pixels-2k": 0.89}, 9.0)])
-    'One step: FD-pixels-2k 11.40 -> 0.89 (12.8 times lower) after tuning; the diffusion model needs 35 evaluations for 0.17.'
+    >>> rows = [Row("teacher (diffusion)", 1, {"FD-pixels-2k": 11.4}, 9.0),
+    ...         Row("teacher (diffusion)", 35, {"FD-pixels-2k": 0.17}, 1.0),
+    ...         Row("tuned", 1, {"FD-pixels-2k": 0.89}, 9.0)]
+    >>> print(verdict(rows).replace("; ", "\\n"))
+    One step: FD-pixels-2k 11.40 -> 0.89 (12.8 times lower) after tuning
+    the diffusion model needs 35 evaluations for 0.17.
     """
     metric = leading_metric(rows)
     if metric is None:
@@ -155,7 +155,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
     for i, name in enumerate(content["head"]):
         table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in content["lines"]:
-        table.add_row(*(Text(cell) for cell in line["cells"]))
+        table.add_row(*(str(cell) for cell in line["cells"]))
     return table
 
 
@@ -179,7 +179,7 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
         }
         for row in sorted(rows, key=lambda row: (order.index(row.model), row.nfe))
     ]
-    arrows = [f"{name} {'↑' if higher_is_better(name) else '↓'}" for name in metrics]
+    arrows = [f"{name}\u00a0{'↑' if higher_is_better(name) else '↓'}" for name in metrics]
     return {"head": ["Model", "Evaluations", *arrows, "Samples/s"], "lines": lines}
 
 
@@ -198,11 +198,7 @@ def _change(before: float, after: float, metric: str) -> str:
     if ratio < 1.005:
         return " (unchanged)"
     way = "higher" if rose else "lower"
-    much = (
-        f"{100 * abs(after / before - 1):.0f} %"
-        if ratio < 1.95
-        else f"{ratio:.{0 if ratio >= 100 else 1}f} times"
-    )
+    much = f"{100 * abs(after / before - 1):.0f} %" if ratio < 1.95 else f"{ratio:.{0 if ratio >= 100 else 1}f} times"
     return f" ({much} {way}{'' if rose == higher_is_better(metric) else ', which is worse'})"
 
 
@@ -237,8 +233,7 @@ def _sample_sections(data: ReportData) -> dict[str, Any]:
     pictures = [picture for picture in data.pictures if len(picture.images)]
     real = data.reference if data.reference is not None and len(data.reference) else None
     tensors = [picture.images for picture in pictures] + ([] if real is None else [real])
-    points = [are_points(images) for images in tensors]
-    frame = frame_of(torch.cat([real]) if real is not None else torch.cat(tensors)) if any(points) else None
+    frame = frame_of(torch.cat(tensors) if real is None else real) if are_all_points(tensors) else None
     most = int((PIXELS_OF_ALL_PICTURES / max(len(tensors), 1)) ** 0.5)
     models = model_order(picture.model for picture in pictures)
     steps = sorted({picture.nfe for picture in pictures})
@@ -249,9 +244,7 @@ def _sample_sections(data: ReportData) -> dict[str, Any]:
         images = picture.images if frame else picture.images[:shown]
         values = _values(data.rows, picture.model, metric) if metric else {}
         cells[picture.model, picture.nfe] = {
-            **_drawn(
-                images, frame, most, _kind(picture.model), f"{picture.model}, {evaluations(picture.nfe)}"
-            ),
+            **_drawn(images, frame, most, _kind(picture.model), f"{picture.model}, {evaluations(picture.nfe)}"),
             "metric": metric if picture.nfe in values else None,
             "value": number(values[picture.nfe]) if picture.nfe in values else None,
         }

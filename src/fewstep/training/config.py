@@ -55,11 +55,13 @@ class StudentConfig:
 
     Args:
         dropout: probability in every dropout layer while tuning; None keeps the teacher's.
+        dropout_max_resolution: change only layers that act at this resolution or below (EDM2 recipes: 16).
         boundary_shift: of the tuned model at evaluation (ECT's public code: 0.003).
         sampler_times: step count -> noise levels that the tuned model carries ("2": [80, 0.821]).
     """
 
     dropout: float | None = None
+    dropout_max_resolution: int | None = None
     boundary_shift: float = 0.0
     sampler_times: dict[str, Any] = field(default_factory=dict)
 

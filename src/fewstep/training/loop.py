@@ -18,7 +18,7 @@ from fewstep.data import save_grid
 from fewstep.denoiser import Denoiser
 from fewstep.errors import FewstepError, Interrupted, NonFiniteError, Preempted
 from fewstep.evaluation.evaluate import draw_labels, to_host
-from fewstep.evaluation.figures import save_points
+from fewstep.evaluation.pictures import save_points
 from fewstep.sampling import sample
 from fewstep.training.state import save_state
 from fewstep.training.trainer import StepReport, Trainer

@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fewstep import ema
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
-from fewstep.errors import NonFiniteError
+from fewstep.errors import ConfigError, NonFiniteError
 from fewstep.objectives import Objective, StepRandom
 from fewstep.process import EDM
 from fewstep.randomness import Streams
-from fewstep.training.config import RunConfig
+from fewstep.training.config import RunConfig, StudentConfig
 from fewstep.training.feed import Feed
 from fewstep.training.optim import learning_rate, make_optimizer, sanitise
 from fewstep.training.world import World
@@ -48,7 +48,7 @@ class Trainer:
         self.config, self.world, self.source = config, world, source
         self.student = student.under(EDM())
         _agree(self.student, world)
-        set_dropout(self.student, config.student.dropout)
+        set_dropout(self.student, config.student)
         self.averages = [_frozen_copy(self.student) for _ in config.emas]
         self.optimizer = make_optimizer(self.student, config.optim)
         self.images_seen = 0
@@ -153,15 +153,23 @@ class _LossModule(nn.Module):
         return self._objective.loss(self.student, batch, progress, random).per_sample
 
 
-def set_dropout(module: nn.Module, p: float | None) -> None:
-    """Give every dropout layer that the network has the probability ``p``; None leaves them alone."""
-    if p is None:
+def set_dropout(module: nn.Module, config: StudentConfig) -> None:
+    """Give the network's dropout layers the configured probability; None leaves them alone.
+
+    Raises:
+        ConfigError: dropout is asked for only below some resolution, which this network's layers do not say.
+    """
+    if config.dropout is None:
         return
+    if config.dropout_max_resolution is not None:
+        raise ConfigError(
+            "This network does not say at which resolution its dropout layers act",
+            got=f"student.dropout_max_resolution={config.dropout_max_resolution}",
+            do="Leave it out: --set student.dropout_max_resolution=null",
+        )
     for layer in module.modules():
         if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-            layer.p = p
-        elif isinstance(getattr(layer, "dropout", None), float):
-            layer.dropout = p  # type: ignore[assignment]
+            layer.p = config.dropout
 
 
 def _frozen_copy(student: Denoiser) -> Denoiser:
