@@ -72,19 +72,15 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     data = to_dict(config)
     for path, value in overrides.items():
         *parents, last = path.split(".")
-        node: Any = data
-        for depth, name in enumerate(parents):
-            if not isinstance(node, dict) or name not in node:
-                raise _no_path(path, ".".join(parents[:depth]), name, node)
-            if node[name] is None:
-                node[name] = {}
+        node = data
+        for depth, name in enumerate(parents, start=1):
+            if node.get(name) is None:
+                node[name] = {}  # from_dict knows the types: it refuses names that do not exist
             node = node[name]
-        if not isinstance(node, dict):
-            raise _no_path(path, ".".join(parents), last, node)
+            if not isinstance(node, dict):
+                raise ConfigError(f"There is no setting '{path}': '{'.'.join(parents[:depth])}' is a single value")
         if last == "kind" and node.get("kind") != value:
             node.clear()
-        elif node and last not in node and (parents or last not in data) and "kind" not in node:
-            raise _no_path(path, ".".join(parents), last, node)
         node[last] = value
     return from_dict(type(config), data)
 
@@ -134,13 +130,6 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(json.loads(json.dumps(to_dict(config))), sort_keys=False)
 
 
-def _no_path(path: str, parent: str, name: str, node: Any) -> ConfigError:
-    where = f" under '{parent}'" if parent else ""
-    known = [k for k in node if k != "kind"] if isinstance(node, dict) else []
-    do = nearest(name, known) if known else "It is a single value"
-    return ConfigError(f"There is no setting '{path}': no '{name}'{where}", do=do)
-
-
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -181,7 +170,9 @@ def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if variants and isinstance(value, Mapping):
         kind = value.get("kind")
         if kind not in variants:
-            raise ConfigError(f"'{where}.kind' is not one of its choices", got=kind, do=nearest(str(kind), map(str, variants)))
+            raise ConfigError(
+                f"'{where}.kind' is not one of its choices", got=kind, do=nearest(str(kind), map(str, variants))
+            )
         return from_dict(variants[kind], value, where)
     errors = []
     for option in options:
@@ -214,7 +205,11 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
             pass
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    raise _wrong(where, value, {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint)))
+    raise _wrong(
+        where,
+        value,
+        {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint)),
+    )
 
 
 def _wrong(where: str, value: Any, want: str) -> ConfigError:

@@ -98,9 +98,7 @@ def gamma_to_std(gamma: float) -> float:
     return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
-def profile_product(
-    end_a: np.ndarray, gamma_a: np.ndarray, end_b: np.ndarray, gamma_b: np.ndarray
-) -> np.ndarray:
+def profile_product(end_a: np.ndarray, gamma_a: np.ndarray, end_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
     """Inner products ``<p_a, p_b>`` of power-function profiles, float64, broadcast (EDM2 eq. 150)."""
     ratio = np.asarray(end_a, np.float64) / end_b
     exponent = np.where(ratio < 1, gamma_b, -np.asarray(gamma_a, np.float64))

@@ -22,9 +22,7 @@ class FewstepError(Exception):
 
     exit_code = 2
 
-    def __init__(
-        self, what: str, *, got: object = None, want: object = None, do: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, want: object = None, do: str | None = None) -> None:
         self.what, self.got, self.want, self.do = what, got, want, do
         parts = [what.rstrip(".") + "."]
         if got is not None:

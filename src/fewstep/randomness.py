@@ -66,9 +66,7 @@ class Streams:
         bits = self.words(stream, index, count)[:, :count]
         return ((bits.double() + 0.5) * 2.0**-32).reshape(len(index), *shape)
 
-    def normal(
-        self, stream: str, index: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def normal(self, stream: str, index: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers ``[b, *shape]`` by Box-Muller in float64, then cast to ``dtype``."""
         count = math.prod(shape)
         u = (self.words(stream, index, count).double() + 0.5) * 2.0**-32
@@ -151,10 +149,10 @@ class DropoutTape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return self._dropout(_DROPOUTS[func], *args, **kwargs)
-        if func is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or (len(args) > 4 and args[4])):
+        if func in _REFUSED and _drops(func, args, kwargs):
             raise ConfigError(
-                "Dropout inside scaled_dot_product_attention cannot be shared by student and target",
-                do="Set dropout_p=0 in the attention (dropout elsewhere is fine)",
+                f"Dropout inside {func.__name__} cannot be shared by student and target",
+                do="Set dropout_p=0 there (torch.nn.Dropout elsewhere is fine)",
             )
         return func(*args, **kwargs)
 
@@ -164,7 +162,7 @@ class DropoutTape(TorchFunctionMode):
         if not training or p == 0:
             return input
         mask = self._mask(input.shape if spread is None else input.shape[:spread] + (1,) * (input.ndim - spread), p)
-        scaled = mask.to(input.dtype) / (1 - _levels(p) / 65536)
+        scaled = mask.to(input.dtype) / max(1 - _levels(p) / 65536, 2.0**-16)  # p = 1 keeps nothing: 0, not NaN
         return input.mul_(scaled) if inplace else input * scaled
 
     def _mask(self, shape: tuple[int, ...], p: float) -> Tensor:
@@ -207,3 +205,18 @@ _DROPOUTS: dict[Callable[..., Any], int | None] = {
     F.dropout3d: 2,
 }
 """Functions that draw masks -> how many leading dimensions the mask has (None: all of them)."""
+
+_REFUSED: dict[Callable[..., Any], tuple[int, str, int, bool]] = {
+    F.scaled_dot_product_attention: (4, "dropout_p", 99, True),
+    F.multi_head_attention_forward: (10, "dropout_p", 13, True),
+    F.alpha_dropout: (1, "p", 2, False),
+    F.feature_alpha_dropout: (1, "p", 2, False),
+}
+"""Functions that drop in ways a tape cannot share -> place and name of p, place and default of ``training``."""
+
+
+def _drops(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    place, name, flag, default = _REFUSED[func]
+    p = args[place] if len(args) > place else kwargs.get(name, 0.0)
+    training = args[flag] if len(args) > flag else kwargs.get("training", default)
+    return bool(p) and bool(training)

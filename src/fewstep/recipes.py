@@ -23,7 +23,9 @@ NOT_MEASURED = "not measured here"
 MILLION = 1_000_000
 
 
-def _cifar10(name: str, *, q: float, stage_iterations: int, last: int, images: int, beta: float, published: str) -> RunConfig:
+def _cifar10(
+    name: str, *, q: float, stage_iterations: int, last: int, images: int, beta: float, published: str
+) -> RunConfig:
     """ECT on CIFAR-10, branch ``main`` of the published code (recipes.md c.1; math.md 2.6)."""
     return RunConfig(
         recipe=name,
@@ -85,7 +87,9 @@ def _demo(teacher: bool) -> RunConfig:
             optim=OptimConfig(name="adam", lr=1e-3, warmup_images=12_800, schedule="cosine", decay_share=0.6),
             emas=(ConstantEMA(0.999),),
             data=DataConfig(source="digits", labels=False),
-            model=ModelConfig(backbone="unet", kwargs={"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [4]}),
+            model=ModelConfig(
+                backbone="unet", kwargs={"channels": 32, "multipliers": [1, 2], "blocks": 1, "attention": [4]}
+            ),
             output=OutputConfig(log_images=2_560, sample_images=64_000, checkpoint_images=64_000),
         )
     return RunConfig(
@@ -116,7 +120,7 @@ def _points(job: str) -> RunConfig:
         objective=Diffusion()
         if pretraining
         else ECT(schedule=Stages(q=4.0, images=256_000, last=2), penalty=Penalty("pseudo_huber", "dt", c=0.001)),
-        optim=OptimConfig(name="adam", lr=2e-3 if pretraining else 1e-3, schedule="cosine", decay_share=0.7),
+        optim=OptimConfig(name="adam", lr=2e-3 if pretraining else 2e-4, schedule="cosine", decay_share=0.7),
         emas=(ConstantEMA(0.99),),
         data=DataConfig(source="gaussians8", labels=False),
         model=ModelConfig(backbone="mlp", kwargs={"width": 128, "depth": 4}),
@@ -132,7 +136,9 @@ def _images(size: str) -> RunConfig:
         note=NOT_MEASURED,
         images=MILLION if size == "fast" else 12_800_000,
         objective=ECT(
-            schedule=Stages(q=256.0, images=MILLION, last=0) if size == "fast" else Stages(q=2.0, images=1_600_000, last=7),
+            schedule=Stages(q=256.0, images=MILLION, last=0)
+            if size == "fast"
+            else Stages(q=2.0, images=1_600_000, last=7),
             penalty=Penalty("pseudo_huber", "dt", c=0.03),
         ),
         optim=OptimConfig(name="radam", lr=1e-4, schedule="linear", decay_share=0.2),

@@ -22,7 +22,8 @@ from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.report import Row
 from fewstep.objectives import OBJECTIVES
 from fewstep.process import EDM
-from fewstep.recipes import default_recipe, recipe as named_recipe
+from fewstep.recipes import default_recipe
+from fewstep.recipes import recipe as named_recipe
 from fewstep.training.config import DataConfig, RunConfig
 from fewstep.training.finish import finish
 from fewstep.training.loop import Watcher, train
@@ -137,7 +138,10 @@ def configure(
     """The whole configuration of a run: recipe, then objective, then overrides."""
     config = named_recipe(recipe) if recipe is not None else default_recipe(job)
     if config.job != job:
-        raise ConfigError(f"The recipe '{config.recipe}' is not one to {job} with", do=f"Run: fewstep {config.job} --recipe {config.recipe}")
+        raise ConfigError(
+            f"The recipe '{config.recipe}' is not one to {job} with",
+            do=f"Run: fewstep {config.job} --recipe {config.recipe}",
+        )
     if objective is not None and objective != config.objective.kind:
         if objective not in OBJECTIVES:
             raise ConfigError(f"There is no objective '{objective}'", do=nearest(objective, OBJECTIVES))
@@ -149,7 +153,9 @@ def configure(
 
 def open_data(config: DataConfig) -> Source:
     """The source of a configuration."""
-    return open_source(config.source, resize=config.resize, channels=config.channels, labels=config.labels, split=config.split)
+    return open_source(
+        config.source, resize=config.resize, channels=config.channels, labels=config.labels, split=config.split
+    )
 
 
 def read_run(path: Path) -> RunConfig:
@@ -159,7 +165,9 @@ def read_run(path: Path) -> RunConfig:
         ConfigError: it is not a run directory.
     """
     if not (path / "config.yaml").is_file():
-        raise ConfigError(f"'{path}' is not a run directory: it has no config.yaml", do="Give the --out of a tune or pretrain run")
+        raise ConfigError(
+            f"'{path}' is not a run directory: it has no config.yaml", do="Give the --out of a tune or pretrain run"
+        )
     return from_dict(RunConfig, read_yaml(path / "config.yaml"))
 
 

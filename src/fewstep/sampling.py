@@ -48,7 +48,7 @@ def few_step_times(denoiser: Denoiser, steps: int) -> list[float]:
         raise ConfigError("The number of sampling steps must be at least 1", got=steps)
     if steps in denoiser.sampler_times:
         return list(denoiser.sampler_times[steps])
-    mid = MID_SIGMA * denoiser.sigma_data / 0.5
+    mid = min(MID_SIGMA * denoiser.sigma_data / 0.5, denoiser.sigma_max / 8)  # 4 mid stays below sigma_max
     spread = math.log(4.0) * (1 - 2 / steps)
     count = steps - 1
     offsets = [spread * (1 - 2 * i / (count - 1)) if count > 1 else 0.0 for i in range(count)]
@@ -56,7 +56,9 @@ def few_step_times(denoiser: Denoiser, steps: int) -> list[float]:
 
 
 # ----------------------------------------------------------------------------------------- algorithms
-def consistency_sample(model: Model, latents: Samples, times: Sequence[float], noise: Noise, cond: Tensor | None = None) -> Samples:
+def consistency_sample(
+    model: Model, latents: Samples, times: Sequence[float], noise: Noise, cond: Tensor | None = None
+) -> Samples:
     """Multistep consistency sampling, ``x <- f(t_0 z, t_0); x <- f(x + t_k z_k, t_k)`` (math.md eq. 2.10).
 
     Args:
@@ -175,7 +177,9 @@ def ode_sample(
     return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size)
 
 
-def ode_sample_nfe(denoiser: Denoiser, n: int, nfe: int, *, seed: int = 0, cond: Tensor | None = None, batch_size: int | None = None) -> Samples:
+def ode_sample_nfe(
+    denoiser: Denoiser, n: int, nfe: int, *, seed: int = 0, cond: Tensor | None = None, batch_size: int | None = None
+) -> Samples:
     """The teacher in exactly ``nfe`` evaluations: Heun where nfe is odd, Euler where it is even."""
     odd = nfe % 2 == 1
     steps = (nfe + 1) // 2 if odd else nfe

@@ -64,7 +64,9 @@ class KarrasUniform:
     kind: ClassVar[str] = "karras"
 
     def __post_init__(self) -> None:
-        _require(0 < self.low < self.high and self.rho > 0, "The Karras law of t needs 0 < low < high", (self.low, self.high))
+        _require(
+            0 < self.low < self.high and self.rho > 0, "The Karras law of t needs 0 < low < high", (self.low, self.high)
+        )
 
     def cdf(self, t: Tensor) -> Tensor:
         a, b = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
@@ -150,7 +152,11 @@ class Stages:
         _require(self.first >= -1, "Stages start at -1 (plain diffusion) or later", self.first)
         _require(self.last is None or self.last >= self.first, "The last stage comes before the first", self.last)
         top = self.first if self.last is None else self.last
-        _require((top + 1) * math.log2(self.q) <= 20, "q^(last+1) is beyond what any precision resolves (2^20)", (self.q, top))
+        _require(
+            (top + 1) * math.log2(self.q) <= 20,
+            "q^(last+1) is beyond what any precision resolves (2^20)",
+            (self.q, top),
+        )
 
     def stage(self, progress: Progress) -> int:
         """Index of the current stage."""

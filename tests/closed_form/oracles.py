@@ -179,7 +179,9 @@ class Plain(nn.Module):
         return self.function(x, c_noise) + 0 * self.idle
 
 
-def as_denoiser(function: Function, size: int = 1, *, sigma_data: float = 0.5, sigma_max: float = 80.0) -> Denoiser:
+def as_denoiser(
+    function: Function, size: int = 1, *, sigma_data: float = 0.5, sigma_max: float = 80.0
+) -> Denoiser:
     """``function(x, sigma)``, for example ``oracle.denoise``, as a Denoiser under the EDM clock."""
     parametrization = Parametrization("x0", sigma_data=sigma_data, time="native")
     return Denoiser(Plain(function), EDM(), parametrization, sample_shape=(size,), sigma_max=sigma_max)
@@ -224,7 +226,9 @@ class ExactNetwork(nn.Module):
         return raw(self.kind, self.oracle, self.process, x, t, self.sigma_data)
 
 
-def exact_denoiser(kind: str, oracle: Oracle, process: Process, size: int, sigma_data: float = 0.5) -> Denoiser:
+def exact_denoiser(
+    kind: str, oracle: Oracle, process: Process, size: int, sigma_data: float = 0.5
+) -> Denoiser:
     """A Denoiser around the exact raw network of ``kind`` under ``process``."""
     network = ExactNetwork(kind, oracle, process, sigma_data)
     parametrization = Parametrization(kind, sigma_data=sigma_data, time="native")
@@ -239,4 +243,8 @@ def quadrature(variance: float, nodes: int = 24) -> tuple[Tensor, Tensor, Tensor
     points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     weights = weights / weights.sum()
     x_0 = math.sqrt(variance) * points.repeat_interleave(nodes)
-    return x_0[:, None], points.repeat(nodes)[:, None], weights.repeat_interleave(nodes) * weights.repeat(nodes)
+    return (
+        x_0[:, None],
+        points.repeat(nodes)[:, None],
+        weights.repeat_interleave(nodes) * weights.repeat(nodes),
+    )

@@ -116,7 +116,9 @@ def test_the_network_is_told_the_time_it_knows() -> None:
         (VP(), "thousand_minus_one", 999 * VP().from_edm(sigma)),
     ]:
         network = Wild()
-        denoiser = Denoiser(network, process, Parametrization("flow", time=time), sample_shape=(3,)).under(EDM())
+        denoiser = Denoiser(network, process, Parametrization("flow", time=time), sample_shape=(3,)).under(
+            EDM()
+        )
         denoiser(normal(2, 3), sigma)
         torch.testing.assert_close(network.c_noise, want, rtol=1e-12, atol=1e-12)
 
@@ -153,7 +155,14 @@ class Theirs(nn.Module):
 
 @pytest.mark.parametrize(
     ("kind", "process"),
-    [("eps", VP()), ("v", VP()), ("x0", VP()), ("score", VP()), ("flow", RectifiedFlow()), ("eps", DiscreteVP.linear())],
+    [
+        ("eps", VP()),
+        ("v", VP()),
+        ("x0", VP()),
+        ("score", VP()),
+        ("flow", RectifiedFlow()),
+        ("eps", DiscreteVP.linear()),
+    ],
     ids=by_name,
 )
 def test_from_module(kind: str, process: Process) -> None:
@@ -164,7 +173,9 @@ def test_from_module(kind: str, process: Process) -> None:
     z, t = x * process.edm_scale(levels)[:, None], process.from_edm(levels)
     loose = 1e-4 if kind == "x0" else 1e-8  # the blend of x0 networks: 0.002^2/sigma^2 of x at sigma = 0.3
     torch.testing.assert_close(denoiser(z, t), LAW.denoise(x, levels), rtol=loose, atol=loose)
-    torch.testing.assert_close(denoiser.under(EDM())(x, levels), LAW.denoise(x, levels), rtol=loose, atol=loose)
+    torch.testing.assert_close(
+        denoiser.under(EDM())(x, levels), LAW.denoise(x, levels), rtol=loose, atol=loose
+    )
 
 
 def test_from_module_refuses_what_is_not_a_prediction() -> None:
@@ -194,7 +205,9 @@ def test_labels_as_indices_one_hot_or_none() -> None:
     assert torch.equal(denoiser.backbone.cond, torch.zeros(2, 4))
 
 
-@pytest.mark.parametrize("cond", [torch.tensor([4, 0]), torch.tensor([-1, 0]), torch.zeros(2, 3), torch.zeros(3, 4)])
+@pytest.mark.parametrize(
+    "cond", [torch.tensor([4, 0]), torch.tensor([-1, 0]), torch.zeros(2, 3), torch.zeros(3, 4)]
+)
 def test_labels_that_do_not_fit(cond: Tensor) -> None:
     with pytest.raises(ConfigError, match="[Ll]abel"):
         labelled()(normal(2, 3), 1.0, cond)
@@ -212,7 +225,9 @@ def test_guidance_is_the_lerp_and_one_is_no_guidance() -> None:
         def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor) -> Tensor:
             return x + cond.sum(1, keepdim=True)
 
-    denoiser = Denoiser(ByClass(), EDM(), Parametrization("x0", time="native"), sample_shape=(3,), num_classes=2)
+    denoiser = Denoiser(
+        ByClass(), EDM(), Parametrization("x0", time="native"), sample_shape=(3,), num_classes=2
+    )
     x, cond = normal(2, 3), torch.tensor([0, 1])
     torch.testing.assert_close(Guided(denoiser, 3.0)(x, 1.0, cond), x + 3.0)
     torch.testing.assert_close(Guided(denoiser, 1.0)(x, 1.0, cond), denoiser(x, 1.0, cond))
@@ -239,7 +254,10 @@ def test_parametrizations_that_mean_nothing_are_refused() -> None:
 def test_weights_that_do_not_fit_are_all_listed() -> None:
     network = nn.Linear(2, 3)
     state = {"weight": torch.zeros(3, 3), "scale": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"missing: bias; unexpected: scale; of another shape: weight \(3, 3\) instead of \(3, 2\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"missing: bias; unexpected: scale; of another shape: weight \(3, 3\) instead of \(3, 2\)",
+    ):
         load_weights(network, state, "a.safetensors")
     load_weights(network, {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, "a.safetensors")
     assert torch.equal(network.weight, torch.ones(3, 2))

@@ -15,8 +15,26 @@ from fewstep.penalty import Penalty
 from fewstep.times import Constant, Mapping, Sigmoid, pair
 
 LAM = 0.25
-CONSTANT = {2: 0.84090, 4: 0.93061, 8: 0.96717, 16: 0.98400, 32: 0.99209, 64: 0.99607, 128: 0.99804, 256: 0.99902}
-SIGMOID = {2: 0.59695, 4: 0.67801, 8: 0.86154, 16: 0.93654, 32: 0.96946, 64: 0.98500, 128: 0.99257, 256: 0.99630}
+CONSTANT = {
+    2: 0.84090,
+    4: 0.93061,
+    8: 0.96717,
+    16: 0.98400,
+    32: 0.99209,
+    64: 0.99607,
+    128: 0.99804,
+    256: 0.99902,
+}
+SIGMOID = {
+    2: 0.59695,
+    4: 0.67801,
+    8: 0.86154,
+    16: 0.93654,
+    32: 0.96946,
+    64: 0.98500,
+    128: 0.99257,
+    256: 0.99630,
+}
 SIGMOID_8 = {2: 0.2773, 4: 0.6787, 8: 0.8616, 16: 0.9366, 32: 0.9695, 64: 0.9850}
 HALVING = {2: 2.41, 4: 2.15, 8: 2.07, 16: 2.03, 32: 2.02, 64: 2.01, 128: 2.004}
 
@@ -82,7 +100,8 @@ def test_ratio_one_is_the_denoiser() -> None:
 
 @pytest.mark.parametrize("ratio", [2.0, 4.0, 16.0])
 @pytest.mark.parametrize(
-    "penalty", [Penalty("squared_l2", "dt"), Penalty("squared_l2", "snrpk"), Penalty("pseudo_huber", "dt", c=0.3)]
+    "penalty",
+    [Penalty("squared_l2", "dt"), Penalty("squared_l2", "snrpk"), Penalty("pseudo_huber", "dt", c=0.3)],
 )
 def test_the_objective_itself_is_stationary_there(penalty: Penalty, ratio: float) -> None:
     """The expected gradient of ECT.loss_at vanishes at the fixed point, whatever the metric and weight.
@@ -98,7 +117,9 @@ def test_the_objective_itself_is_stationary_there(penalty: Penalty, ratio: float
         for offset in (0.0, 0.02):
             shift = torch.tensor(offset, dtype=torch.float64, requires_grad=True)
 
-            def f(x: Tensor, now: Tensor, shift: Tensor = shift, gains: dict[float, float] = gains) -> Tensor:
+            def f(
+                x: Tensor, now: Tensor, t: float = t, shift: Tensor = shift, gains: dict[float, float] = gains
+            ) -> Tensor:
                 level = float(now[0])
                 known = min(gains, key=lambda g: abs(g - level))
                 return (gains[known] + (shift if abs(level - t) < 1e-12 else 0)) * x
@@ -143,12 +164,15 @@ def test_weighted_loss_floor_does_not_vanish_as_r_approaches_t() -> None:
 def test_propagation_from_a_denoiser_takes_log_t_over_delta_sweeps() -> None:
     """math.md 7.2: 10 and 109 sweeps of bootstrapping at delta = 1/2 and 1/16."""
     for ratio, want in ((2.0, 10), (16.0, 109)):
-        target, log_gain, now = fixed_point(Constant(), ratio, 80.0), 0.0, torch.tensor([80.0], dtype=torch.float64)
-        for sweep in range(1, 200):
+        target, log_gain, now = (
+            fixed_point(Constant(), ratio, 80.0),
+            0.0,
+            torch.tensor([80.0], dtype=torch.float64),
+        )
+        sweeps, distance = 0, 1.0
+        while distance >= 0.01:
             r, gap = pair(Constant(), now, ratio)
             log_gain += math.log1p(-float(gap * now / (LAM + now**2)))
-            now = r
-            denoiser = LAM / (LAM + float(now) ** 2)
-            if abs(math.exp(log_gain) * denoiser / target - 1) < 0.01:
-                break
-        assert sweep == want
+            now, sweeps = r, sweeps + 1
+            distance = abs(math.exp(log_gain) * LAM / (LAM + float(now) ** 2) / target - 1)
+        assert sweeps == want

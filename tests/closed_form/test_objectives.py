@@ -81,7 +81,9 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 
 # ------------------------------------------------------------------------------------- G2 to G6
 @pytest.mark.parametrize("ratio", [2.0, 16.0])
-@pytest.mark.parametrize("penalty", [Penalty(), Penalty("pseudo_huber", "snrpk", 0.06), Penalty("squared_l2", "dt")])
+@pytest.mark.parametrize(
+    "penalty", [Penalty(), Penalty("pseudo_huber", "snrpk", 0.06), Penalty("squared_l2", "dt")]
+)
 def test_gradient_flows_through_the_student_only(ratio: float, penalty: Penalty) -> None:
     """G3: the gradient equals the one with the target passed in as a constant tensor."""
     denoiser, (x_0, t, eps), objective = student(), setting(), ECT(penalty=penalty)
@@ -159,7 +161,12 @@ def test_losses_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     random = StepRandom(Streams(0), order, torch.device("cpu"))
     close(objective.loss(denoiser, Batch(x[order]), START, random).per_sample, whole[order])
-    parts = [objective.loss(denoiser, Batch(x[i : i + 3]), START, step_random(len(x[i : i + 3]), first=i)).per_sample for i in (0, 3, 6)]
+    parts = [
+        objective.loss(
+            denoiser, Batch(x[i : i + 3]), START, step_random(len(x[i : i + 3]), first=i)
+        ).per_sample
+        for i in (0, 3, 6)
+    ]
     close(torch.cat(parts), whole)
 
 
@@ -249,7 +256,10 @@ def test_e2_adjacent_karras_nodes_are_ict() -> None:
     nodes = karras_grid(11)[:-1]
     denoiser, (x_0, _, eps) = student(), setting()
     picks = torch.tensor([0, 2, 5, 7, 8])
-    t, r = torch.tensor(nodes, dtype=torch.float64)[picks], torch.tensor(nodes, dtype=torch.float64)[picks + 1]
+    t, r = (
+        torch.tensor(nodes, dtype=torch.float64)[picks],
+        torch.tensor(nodes, dtype=torch.float64)[picks + 1],
+    )
     c = 0.00054 * math.sqrt(SIZE)
     objective = ECT(mapping=Neighbours(tuple(nodes), 4.0), penalty=Penalty("pseudo_huber", "dt", c))  # type: ignore[arg-type]
     got = objective.loss_at(denoiser, x_0, t, eps, 4.0)

@@ -12,11 +12,29 @@ from oracles import Gaussian, raw
 from torch import Tensor
 
 from fewstep.errors import ConfigError
-from fewstep.process import EDM, PREDICTIONS, PROCESSES, VP, DiscreteVP, Process, RectifiedFlow, TrigFlow, affine
+from fewstep.process import (
+    EDM,
+    PREDICTIONS,
+    PROCESSES,
+    VP,
+    DiscreteVP,
+    Process,
+    RectifiedFlow,
+    TrigFlow,
+    affine,
+)
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 STABLE_DIFFUSION = DiscreteVP(tuple(torch.cumprod(1 - SD_BETAS, 0).tolist()))
-ALL = [EDM(), VP(), RectifiedFlow(), TrigFlow(), TrigFlow(sigma_data=1.3), DiscreteVP.linear(), STABLE_DIFFUSION]
+ALL = [
+    EDM(),
+    VP(),
+    RectifiedFlow(),
+    TrigFlow(),
+    TrigFlow(sigma_data=1.3),
+    DiscreteVP.linear(),
+    STABLE_DIFFUSION,
+]
 NAMES = ["edm", "vp", "flow", "trig", "trig1.3", "ddpm", "sd"]
 LEVELS = torch.tensor([0.05, 0.3, 1.0, 4.0, 12.0], dtype=torch.float64)  # within SD's own range
 processes = pytest.mark.parametrize("process", ALL, ids=NAMES)
@@ -85,7 +103,9 @@ def test_maps_to_edm_and_back(process: Process) -> None:
 def test_perturbed_data_is_edm_data_scaled(process: Process) -> None:
     x_0, eps, t = normal(5, 2, 3), normal(5, 2, 3, seed=1), process.from_edm(LEVELS)
     edm = EDM().perturb(x_0, eps, LEVELS)
-    torch.testing.assert_close(process.perturb(x_0, eps, t), process.edm_scale(LEVELS)[:, None, None] * edm, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        process.perturb(x_0, eps, t), process.edm_scale(LEVELS)[:, None, None] * edm, rtol=1e-11, atol=1e-12
+    )
 
 
 def test_facts_of_the_table() -> None:
@@ -106,11 +126,15 @@ def test_facts_of_the_table() -> None:
 def test_variance_is_preserved_by_the_vp_processes() -> None:
     for process in (VP(), DiscreteVP.linear(), STABLE_DIFFUSION):
         t = process.from_edm(LEVELS)
-        torch.testing.assert_close(process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            process.alpha(t) ** 2 + process.sigma(t) ** 2, torch.ones_like(t), rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize(
-    ("process", "low", "high"), [(DiscreteVP.linear(), 0.0100, 157.4), (STABLE_DIFFUSION, 0.0292, 14.61)], ids=["ddpm", "sd"]
+    ("process", "low", "high"),
+    [(DiscreteVP.linear(), 0.0100, 157.4), (STABLE_DIFFUSION, 0.0292, 14.61)],
+    ids=["ddpm", "sd"],
 )
 def test_ranges_of_discrete_processes(process: DiscreteVP, low: float, high: float) -> None:
     """math.md 1.5: DDPM's linear betas and Stable Diffusion's scaled-linear ones."""
@@ -128,7 +152,9 @@ def test_discrete_time_is_log_linear_and_clamped() -> None:
     table = np.sqrt((1 - a) / a)
     whole = torch.arange(1000, dtype=torch.float64)
     np.testing.assert_allclose(process.to_edm(whole).numpy(), table, rtol=1e-12)
-    np.testing.assert_allclose(process.from_edm(torch.from_numpy(table)).numpy(), whole.numpy(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        process.from_edm(torch.from_numpy(table)).numpy(), whole.numpy(), rtol=1e-9, atol=1e-9
+    )
     query = torch.tensor([1e-4, math.sqrt(table[400] * table[401]), 0.7, 1e4], dtype=torch.float64)
     want = np.interp(np.log(query.numpy()), np.log(table), np.arange(1000))
     np.testing.assert_allclose(process.from_edm(query).numpy(), want, rtol=1e-10, atol=1e-10)
@@ -217,4 +243,6 @@ def test_the_trigflow_network_is_minus_the_edm_network() -> None:
 def test_the_trigflow_velocity_is_sigma_d_times_its_network() -> None:
     law, t, z = setting(TrigFlow())
     velocity = raw("velocity", law, TrigFlow(), z, t)
-    torch.testing.assert_close(TrigFlow().convert(velocity, "velocity", "trig", z, t), velocity / 0.5, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        TrigFlow().convert(velocity, "velocity", "trig", z, t), velocity / 0.5, rtol=1e-10, atol=1e-12
+    )

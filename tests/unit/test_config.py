@@ -9,15 +9,23 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.config import dump_yaml, flatten, from_dict, parse_assignments, read_yaml, to_dict, with_overrides
+from fewstep.config import (
+    dump_yaml,
+    flatten,
+    from_dict,
+    parse_assignments,
+    read_yaml,
+    to_dict,
+    with_overrides,
+)
 from fewstep.errors import ConfigError
 from fewstep.objectives import ECT, OBJECTIVES, AnyObjective, Diffusion
 from fewstep.penalty import Penalty
 from fewstep.process import VP, AnyProcess, DiscreteVP
-from fewstep.times import Constant, Continuous, Lognormal, LogUniform, Sigmoid, Stages
+from fewstep.times import Constant, Continuous, KarrasUniform, Lognormal, LogUniform, Sigmoid, Stages
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,30 @@ class Run:
 
 
 EVERYTHING = Run(
-    Plan(Square(2.0), Circle(3.0), 7, 0.25, True, "steady", (4, 5, 6), (7, 8.5), 9, "text", {"a": [1, {"b": None}]}),
-    ECT(LogUniform(0.01, 50.0), Constant(), Continuous(4.0, 10, 99.0), Penalty("pseudo_huber", "snrpk", 0.06)),
+    Plan(
+        Square(2.0),
+        Circle(3.0),
+        7,
+        0.25,
+        True,
+        "steady",
+        (4, 5, 6),
+        (7, 8.5),
+        9,
+        "text",
+        {"a": [1, {"b": None}]},
+    ),
+    ECT(
+        LogUniform(0.01, 50.0), Constant(), Continuous(4.0, 10, 99.0), Penalty("pseudo_huber", "snrpk", 0.06)
+    ),
     DiscreteVP((0.9, 0.5, 0.1)),
 )
 
 
 # -------------------------------------------------------------------------------------- round trip
-@pytest.mark.parametrize("config", [Run(), EVERYTHING, Run(objective=Diffusion())], ids=["defaults", "all", "diffusion"])
+@pytest.mark.parametrize(
+    "config", [Run(), EVERYTHING, Run(objective=Diffusion())], ids=["defaults", "all", "diffusion"]
+)
 def test_round_trip_through_dict_json_and_yaml(config: Run) -> None:
     data = to_dict(config)
     assert from_dict(Run, data) == config
@@ -73,6 +97,7 @@ def test_round_trip_through_dict_json_and_yaml(config: Run) -> None:
     assert with_overrides(Run(), flatten(data)) == config
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(0.1, 10), st.floats(0, 20), st.integers(1, 10**9), st.floats(0, 1))
 def test_round_trip_keeps_every_digit(std: float, k: float, images: int, c: float) -> None:
     config = ECT(Lognormal(-1.1, std), Sigmoid(k), Stages(images=images), Penalty("pseudo_huber", "dt", c))
@@ -98,10 +123,19 @@ def test_missing_settings_take_their_defaults() -> None:
     [
         ({"plan": {"cuont": 4}}, "There is no setting 'plan.cuont'. Did you mean 'count'?"),
         ({"objektive": {}}, "There is no setting 'objektive'. Did you mean 'objective'?"),
-        ({"objective": {"kind": "ect", "law": {"kind": "lognormal", "sdt": 1}}}, "no setting 'objective.law.sdt'. Did you mean 'std'?"),
-        ({"objective": {"kind": "etc"}}, "'objective.kind' is not one of its choices. Got: etc. Did you mean 'ect'?"),
+        (
+            {"objective": {"kind": "ect", "law": {"kind": "lognormal", "sdt": 1}}},
+            "no setting 'objective.law.sdt'. Did you mean 'std'?",
+        ),
+        (
+            {"objective": {"kind": "etc"}},
+            "'objective.kind' is not one of its choices. Got: etc. Did you mean 'ect'?",
+        ),
         ({"objective": {"law": {}}}, "'objective.kind' is not one of its choices"),
-        ({"plan": {"mode": "steddy"}}, "'plan.mode' is not one of its choices. Got: steddy. Did you mean 'steady'?"),
+        (
+            {"plan": {"mode": "steddy"}},
+            "'plan.mode' is not one of its choices. Got: steddy. Did you mean 'steady'?",
+        ),
         ({"plan": {"shape": {"kind": "square"}}}, "The settings under 'plan.shape' are incomplete"),
         ({"plan": {"count": 2.5}}, "'plan.count' has the wrong type. Got: 2.5. Wanted: a whole number"),
         ({"plan": {"count": True}}, "'plan.count' has the wrong type. Got: True"),
@@ -129,15 +163,15 @@ def test_bad_settings_say_where_and_what(data: dict[Any, Any], text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "want"),
+    ("data", "want"),
     [
         ({"count": "1_000"}, 1000),
         ({"count": "3e6"}, 3_000_000),
         ({"count": 4.0}, 4),
     ],
 )
-def test_whole_numbers_as_people_write_them(given: dict[str, Any], want: int) -> None:
-    got = from_dict(Plan, given).count
+def test_whole_numbers_as_people_write_them(data: dict[str, Any], want: int) -> None:
+    got = from_dict(Plan, data).count
     assert got == want and type(got) is int
 
 
@@ -152,7 +186,9 @@ def test_numbers_as_yaml_reads_them() -> None:
 
 # ---------------------------------------------------------------------------------------- overrides
 def test_overrides_reach_in_and_leave_the_rest() -> None:
-    got = with_overrides(Run(), {"objective.schedule.q": 4, "plan.count": 9, "objective.penalty.weight": "snrpk"})
+    got = with_overrides(
+        Run(), {"objective.schedule.q": 4, "plan.count": 9, "objective.penalty.weight": "snrpk"}
+    )
     assert got.objective.schedule == Stages(q=4.0)
     assert got.plan == Plan(count=9)
     assert got.objective.penalty == Penalty("l2", "snrpk")
@@ -167,6 +203,10 @@ def test_a_new_kind_keeps_nothing_of_the_old() -> None:
     assert same.plan.shape == Circle(2.0, "mine")
     switched = with_overrides(Run(), {"objective.law.kind": "loguniform", "objective.law.high": 10})
     assert switched.objective.law == LogUniform(high=10.0)
+    nested = {"objective.kind": "diffusion", "objective.law.kind": "karras", "objective.law.rho": 3}
+    assert with_overrides(Run(), nested).objective == Diffusion(KarrasUniform(rho=3.0))
+    penalty = {"objective.kind": "diffusion", "objective.penalty.distance": "l2", "objective.penalty.c": 0.1}
+    assert with_overrides(Run(), penalty).objective == Diffusion(penalty=Penalty("l2", c=0.1))
     with pytest.raises(ConfigError, match="no setting 'objective.law.std'. Known: low, high"):
         with_overrides(Run(), {"objective.law.kind": "loguniform", "objective.law.std": 1.0})
 
@@ -185,16 +225,18 @@ def test_an_optional_record_can_be_filled_and_emptied() -> None:
 def test_free_dictionaries_take_new_names() -> None:
     config = Run(plan=Plan(extra={"a": {"b": 1}}))
     assert with_overrides(config, {"plan.extra.a.b": 2}).plan.extra == {"a": {"b": 2}}
-    assert with_overrides(Run(), {"plan.extra.new": 2}).plan.extra == {"new": 2}
+    both = with_overrides(Run(), {"plan.extra.new": 2, "plan.extra.other": 3})
+    assert both.plan.extra == {"new": 2, "other": 3}
 
 
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("objective.shedule.q", "There is no setting 'objective.shedule.q': no 'shedule' under 'objective'. Did you mean 'schedule'?"),
-        ("objective.schedule.qq", "'objective.schedule.qq'. Did you mean 'q'?"),
-        ("pln.count", "There is no setting 'pln.count': no 'pln'. Did you mean 'plan'?"),
-        ("plan.count.deep", "It is a single value"),
+        ("objective.shedule.q", "There is no setting 'objective.shedule'. Did you mean 'schedule'?"),
+        ("objective.schedule.qq", "There is no setting 'objective.schedule.qq'. Did you mean 'q'?"),
+        ("pln.count", "There is no setting 'pln'. Did you mean 'plan'?"),
+        ("plan.count.deep", "There is no setting 'plan.count.deep': 'plan.count' is a single value"),
+        ("plan.sizes.deep", "'plan.sizes' is a single value"),
         ("cuont", "There is no setting 'cuont'"),
         ("plan.cuont", "Did you mean 'count'?"),
     ],

@@ -242,9 +242,7 @@ class SongUNet(nn.Module):
         x, skips = self._encode(x, emb)
         return self._decode(x, skips, emb)
 
-    def _embed(
-        self, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+    def _embed(self, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Noise, label and augmentation -> the vector ``[b, e]`` that modulates every block."""
         emb = self.map_noise(c_noise).to(dtype)
         if self.map_label is not None:
@@ -343,9 +341,7 @@ def _decoder(config: SongUNetConfig, skips: list[int]) -> nn.ModuleDict:
     return dec
 
 
-def ddpmpp(
-    img_resolution: int = 32, *, channels: int = 3, label_dim: int = 0, augment_dim: int = 0
-) -> dict[str, Any]:
+def ddpmpp(img_resolution: int = 32, *, channels: int = 3, label_dim: int = 0, augment_dim: int = 0) -> dict[str, Any]:
     """Keyword arguments of EDM's DDPM++ with the CIFAR-10 settings (55.7M parameters).
 
     The published checkpoints have ``augment_dim`` 9, those for 64x64 ``channel_mult`` [1, 2, 2, 2] (override
@@ -372,9 +368,7 @@ def ddpmpp(
     }
 
 
-def ncsnpp(
-    img_resolution: int = 32, *, channels: int = 3, label_dim: int = 0, augment_dim: int = 0
-) -> dict[str, Any]:
+def ncsnpp(img_resolution: int = 32, *, channels: int = 3, label_dim: int = 0, augment_dim: int = 0) -> dict[str, Any]:
     """Keyword arguments of EDM's NCSN++ with the CIFAR-10 settings.
 
     :func:`ddpmpp` with a Fourier embedding of twice the width, a residual encoder, filter [1, 3, 3, 1].

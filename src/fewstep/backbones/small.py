@@ -188,7 +188,10 @@ class DiT(nn.Module):
         super().__init__()
         inputs, height, side = sample_shape
         if height % patch or side % patch or width % heads:
-            raise ConfigError("A DiT needs sides divisible by its patch, and its width by its heads", got=(sample_shape, patch, width, heads))
+            raise ConfigError(
+                "A DiT needs sides divisible by its patch, and its width by its heads",
+                got=(sample_shape, patch, width, heads),
+            )
         self.patch, self.grid = patch, (height // patch, side // patch)
         self.embed = NoiseEmbedding(width, num_classes)
         self.stem = nn.Conv2d(inputs, width, patch, stride=patch)
@@ -259,7 +262,7 @@ class MLP(nn.Module):
 
 
 def _groups(channels: int) -> int:
-    return max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4 or g == 1)
+    return max(g for g in range(1, 33) if (channels % g == 0 and channels // g >= 4) or g == 1)
 
 
 def _zero(layer: _Layer) -> _Layer:

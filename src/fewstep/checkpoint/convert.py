@@ -50,7 +50,9 @@ def denoiser_of(record: NetworkRecord, source: Path) -> Denoiser:
     """The denoiser that a record describes."""
     require_supported(record, PRECONDITIONERS, source)
     if record.model_class not in NETWORKS:
-        raise CheckpointError(f"'{source}' holds a {record.model_class}, which cannot be converted yet", want=" or ".join(NETWORKS))
+        raise CheckpointError(
+            f"'{source}' holds a {record.model_class}, which cannot be converted yet", want=" or ".join(NETWORKS)
+        )
     spec = {"name": NETWORKS[record.model_class], "kwargs": record.model_kwargs}
     backbone = _network(spec, record, source)
     native, parametrization = _meaning(record)

@@ -126,7 +126,9 @@ def latest_checkpoint(run: Path) -> Path:
     """
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
-        raise CheckpointError(f"'{run}' has no checkpoint to resume from or load", do="Start the run again: fewstep tune")
+        raise CheckpointError(
+            f"'{run}' has no checkpoint to resume from or load", do="Start the run again: fewstep tune"
+        )
     path = run / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
     if not path.is_dir():
         raise CheckpointError(f"The checkpoint '{path}' that '{pointer}' names does not exist")
@@ -138,7 +140,9 @@ def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Deno
     file = path / f"{name}.safetensors"
     if not file.is_file():
         known = sorted(p.stem for p in path.glob("*.safetensors") if p.stem != "optimizer")
-        raise CheckpointError(f"The checkpoint has no weights '{weights}'", got=weights, want=" or ".join(["ema", *known]))
+        raise CheckpointError(
+            f"The checkpoint has no weights '{weights}'", got=weights, want=" or ".join(["ema", *known])
+        )
     denoiser = rebuild(read_json(path / "model.json", KIND), str(path), network)
     load_weights(denoiser.backbone, read_tensors(file), str(file))
     return denoiser
@@ -146,7 +150,9 @@ def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Deno
 
 def _not_a_model(path: Path) -> CheckpointError:
     if path.suffix in (".pkl", ".pt") and path.is_file():
-        return CheckpointError(f"'{path}' is a pickle, which is never opened directly", do=f"Run: fewstep convert {path} DIRECTORY")
+        return CheckpointError(
+            f"'{path}' is a pickle, which is never opened directly", do=f"Run: fewstep convert {path} DIRECTORY"
+        )
     what = "does not exist" if not path.exists() else "is not a model, a run or a converted checkpoint"
     return CheckpointError(f"'{path}' {what}", want="a directory with config.json, model/ or checkpoints/")
 

@@ -14,7 +14,9 @@ def convert(
     src: Annotated[Path, Parameter(help="An EDM or ECT .pkl, or ECT's training-state-*.pt.")],
     dst: Annotated[Path, Parameter(help="Directory to write: model.safetensors and config.json.")],
     *,
-    weights: Annotated[Literal["ema", "net"] | None, Parameter(help="Which network of the file. Default: ema, or net of a .pt.")] = None,
+    weights: Annotated[
+        Literal["ema", "net"] | None, Parameter(help="Which network of the file. Default: ema, or net of a .pt.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -30,5 +32,12 @@ def convert(
     labels = f", {denoiser.num_classes} classes" if denoiser.num_classes else ""
     output.say(f"Wrote {dst}: {parameters / 1e6:.2f} M parameters, samples of {denoiser.sample_shape}{labels}.")
     output.say(f"Next: fewstep tune {dst} --data SOURCE --out RUN")
-    output.result({"model": str(dst), "parameters": parameters, "sample_shape": list(denoiser.sample_shape), "num_classes": denoiser.num_classes})
+    output.result(
+        {
+            "model": str(dst),
+            "parameters": parameters,
+            "sample_shape": list(denoiser.sample_shape),
+            "num_classes": denoiser.num_classes,
+        }
+    )
     return 0

@@ -32,7 +32,9 @@ def demo(
     live = Live(output)
     try:
         if (out / "config.yaml").is_file() and not (out / "report.html").is_file():
-            run = runs.resume(out, device=device, teacher=load(runs.demo_teacher()), watcher=live, command=command_line())
+            run = runs.resume(
+                out, device=device, teacher=load(runs.demo_teacher()), watcher=live, command=command_line()
+            )
         else:
             run = runs.tune(
                 runs.demo_teacher(), "digits", out=out, recipe="demo", overrides=overrides(None, set, seed), device=device,

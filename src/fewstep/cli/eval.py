@@ -15,7 +15,9 @@ def eval(
     *,
     data: DataOption,
     steps: Annotated[str, Parameter(help="Step counts.")] = "1,2,4,8",
-    samples: Annotated[int, Parameter(name=["--samples", "-n"], help="Samples per step count; part of every number's name.")] = 5000,
+    samples: Annotated[
+        int, Parameter(name=["--samples", "-n"], help="Samples per step count; part of every number's name.")
+    ] = 5000,
     features: Annotated[
         str,
         Parameter(
@@ -72,7 +74,9 @@ def eval(
     results["model"] = model
     if output.speaks:
         name = "teacher (diffusion)" if sampler == "ode" else Path(model).name
-        print_table([Row(name, r["nfe"], r["metrics"], r["samples_per_second"]) for r in results["rows"]], output.console)
+        print_table(
+            [Row(name, r["nfe"], r["metrics"], r["samples_per_second"]) for r in results["rows"]], output.console
+        )
     if out is not None:
         write_json(out, results)
     output.result(results)

@@ -24,7 +24,8 @@ Device = Annotated[str, Parameter(group=COMMON, help="auto, cpu, cuda or cuda:1.
 Json = Annotated[bool, Parameter(name="--json", group=COMMON, negative="", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], group=COMMON, negative="", help="No progress, no tables.")]
 Config = Annotated[
-    Path | None, Parameter(group=COMMON, help="A YAML file with settings, as in a run's config.yaml; --set wins over it.")
+    Path | None,
+    Parameter(group=COMMON, help="A YAML file with settings, as in a run's config.yaml; --set wins over it."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -135,5 +136,7 @@ def open_network(spec: str) -> Denoiser:
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(f"'{spec}' failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, Denoiser):
-        raise ConfigError(f"'{spec}' did not return a Denoiser", got=type(made).__name__, do="Return Denoiser.from_module(...)")
+        raise ConfigError(
+            f"'{spec}' did not return a Denoiser", got=type(made).__name__, do="Return Denoiser.from_module(...)"
+        )
     return made

@@ -7,8 +7,21 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
-from fewstep.cli.options import open_model, overrides
+from fewstep.cli.options import (
+    Channels,
+    Config,
+    DataOption,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    Resize,
+    Seed,
+    Set,
+    Split,
+    open_model,
+    overrides,
+)
 
 
 def plan(
@@ -50,12 +63,26 @@ def plan(
         found = make_plan(configuration, runs.make_student(model, configuration), source, world, budget=budget)
     table = Table(box=None, show_header=False)
     for name in ("weights", "gradients", "optimizer", "averages", "activations", "memory"):
-        note = f"one pass of {found.micro_batch} images" if name == "activations" else "in total" if name == "memory" else ""
+        note = (
+            f"one pass of {found.micro_batch} images"
+            if name == "activations"
+            else "in total"
+            if name == "memory"
+            else ""
+        )
         table.add_row(name, _bytes(getattr(found, name)), note)
-    table.add_row("disk", _bytes(found.disk), f"{configuration.output.keep + 1} checkpoints of {_bytes(found.checkpoint)} and the model")
+    table.add_row(
+        "disk",
+        _bytes(found.disk),
+        f"{configuration.output.keep + 1} checkpoints of {_bytes(found.checkpoint)} and the model",
+    )
     table.add_row("speed", f"{found.images_per_second:,.0f} images/s", f"measured on {world.device}")
-    table.add_row("time", _duration(found.seconds), f"{found.steps:,} steps of {configuration.batch_size} images, training alone")
-    output.say(f"{found.parameters / 1e6:.2f} M parameters, recipe {configuration.recipe}, {configuration.images:,} images")
+    table.add_row(
+        "time", _duration(found.seconds), f"{found.steps:,} steps of {configuration.batch_size} images, training alone"
+    )
+    output.say(
+        f"{found.parameters / 1e6:.2f} M parameters, recipe {configuration.recipe}, {configuration.images:,} images"
+    )
     output.say(table)
     if found.micro_batch > 1:
         output.say("Less memory: --set micro_batch=N runs N images per pass, with the same result up to rounding.")

@@ -7,8 +7,21 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
-from fewstep.cli.options import command_line, overrides
+from fewstep.cli.options import (
+    Channels,
+    Config,
+    DataOption,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    Resize,
+    Seed,
+    Set,
+    Split,
+    command_line,
+    overrides,
+)
 from fewstep.cli.tune import show_run
 
 
@@ -41,7 +54,9 @@ def pretrain(
     settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
     live = Live(output)
     try:
-        run = runs.pretrain(data, out=out, recipe=recipe, overrides=settings, device=device, watcher=live, command=command_line())
+        run = runs.pretrain(
+            data, out=out, recipe=recipe, overrides=settings, device=device, watcher=live, command=command_line()
+        )
     finally:
         live.close()
     show_run(output, run)

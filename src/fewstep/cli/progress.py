@@ -76,7 +76,9 @@ class Live(Watcher):
             self._out.say("Evaluating (model, evaluations, first metric, samples/s):")
             self._table = True
         name, value = next(iter(row["metrics"].items()))
-        self._out.say(f"  {row['model']:<20} NFE {row['nfe']:>3}  {name} {value:8.4f}  {row['samples_per_second']:8.1f} samples/s")
+        self._out.say(
+            f"  {row['model']:<20} NFE {row['nfe']:>3}  {name} {value:8.4f}  {row['samples_per_second']:8.1f} samples/s"
+        )
 
     def close(self) -> None:
         """Take the bar off the terminal."""

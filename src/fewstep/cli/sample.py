@@ -20,7 +20,9 @@ def sample(
     times: Annotated[str | None, Parameter(help="Noise levels instead of --steps, for example 80,0.8.")] = None,
     sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",
     label: Annotated[int | None, Parameter(help="One class for all samples. Default: all classes in turn.")] = None,
-    guidance: Annotated[float | None, Parameter(help="Classifier-free guidance; a heuristic on few-step models.")] = None,
+    guidance: Annotated[
+        float | None, Parameter(help="Classifier-free guidance; a heuristic on few-step models.")
+    ] = None,
     weights: Annotated[str, Parameter(help="ema, ema-1, student.")] = "ema",
     batch_size: int | None = None,
     network: Network = None,
@@ -49,7 +51,9 @@ def sample(
     elif label is not None:
         raise ConfigError("The model is not class-conditional", got=f"--label {label}", do="Leave --label out")
     if guidance is not None:
-        output.say("Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight.")
+        output.say(
+            "Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight."
+        )
     started = time.perf_counter()
     if sampler == "ode":
         x = ode_sample_nfe(denoiser, number, steps, seed=seed, cond=cond, batch_size=batch_size)
@@ -63,5 +67,7 @@ def sample(
     seconds = time.perf_counter() - started
     path = save_samples(out, denoiser, x, cond)
     output.say(f"Wrote {number} samples, {nfe} evaluations each, to {path} ({number / seconds:.1f} samples/s).")
-    output.result({"samples": str(path), "number": number, "nfe": nfe, "seed": seed, "samples_per_second": number / seconds})
+    output.result(
+        {"samples": str(path), "number": number, "nfe": nfe, "seed": seed, "samples_per_second": number / seconds}
+    )
     return 0

@@ -7,12 +7,28 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fewstep.cli.options import Channels, Config, DataOption, Device, Json, Output, Quiet, Resize, Seed, Set, Split
-from fewstep.cli.options import command_line, open_model, overrides
+from fewstep.cli.options import (
+    Channels,
+    Config,
+    DataOption,
+    Device,
+    Json,
+    Output,
+    Quiet,
+    Resize,
+    Seed,
+    Set,
+    Split,
+    command_line,
+    open_model,
+    overrides,
+)
 
 
 def tune(
-    teacher: Annotated[str, Parameter(help="A model, run or converted checkpoint; or file.py:function for a network of your own.")],
+    teacher: Annotated[
+        str, Parameter(help="A model, run or converted checkpoint; or file.py:function for a network of your own.")
+    ],
     *,
     data: DataOption,
     out: Annotated[Path, Parameter(help="The run directory to write.")],
@@ -64,4 +80,11 @@ def show_run(output: Output, run: object) -> None:
     if output.speaks and rows:
         print_table(rows, output.console)
     output.say(f"Model: {run.path / 'model'}   Report: {run.path / 'report.html'}")
-    output.result({"run": str(run.path), "model": str(run.path / "model"), "report": str(run.path / "report.html"), "results": run.results})
+    output.result(
+        {
+            "run": str(run.path),
+            "model": str(run.path / "model"),
+            "report": str(run.path / "report.html"),
+            "results": run.results,
+        }
+    )

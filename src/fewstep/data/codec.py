@@ -130,9 +130,7 @@ def save_images(target: str | Path, u8: torch.Tensor, labels: np.ndarray | None 
     target = Path(target)
     pictures = _pictures(u8)
     if labels is not None and len(labels) != len(pictures):
-        raise DataError(
-            "Pictures and labels differ in number", got=len(labels), want=f"{len(pictures)} labels"
-        )
+        raise DataError("Pictures and labels differ in number", got=len(labels), want=f"{len(pictures)} labels")
     if target.suffix.lower() == ".npz":
         classes = {} if labels is None else {"labels": np.asarray(labels, dtype=np.int64)}
         return _write(target, lambda file: np.savez_compressed(file, images=pictures, **classes))  # type: ignore[arg-type]

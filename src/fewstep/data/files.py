@@ -113,9 +113,7 @@ class _ZipFiles:
 class FileImages:
     """Images decoded at every read, by threads; sizes were checked when it was opened."""
 
-    def __init__(
-        self, files: _Files, view: View, shape: tuple[int, int, int], labels: np.ndarray | None
-    ) -> None:
+    def __init__(self, files: _Files, view: View, shape: tuple[int, int, int], labels: np.ndarray | None) -> None:
         self.name = files.name
         self.shape: tuple[int, ...] = shape
         self.labels = labels

@@ -66,9 +66,7 @@ def fit_square(image: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)).reshape(side, side, channels)
 
 
-def prepare(
-    stack: np.ndarray, *, channels: int | None, resize: int | None, background: int = WHITE
-) -> np.ndarray:
+def prepare(stack: np.ndarray, *, channels: int | None, resize: int | None, background: int = WHITE) -> np.ndarray:
     """Transparency, then channels, then crop and resize, then channels first.
 
     Args:

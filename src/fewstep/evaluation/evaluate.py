@@ -14,7 +14,15 @@ from torch import Tensor
 from fewstep.data import Source, decode
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
-from fewstep.evaluation.features import METRICS, PCA_ROWS, FeatureNet, features_of, iter_features, metric_name, open_features
+from fewstep.evaluation.features import (
+    METRICS,
+    PCA_ROWS,
+    FeatureNet,
+    features_of,
+    iter_features,
+    metric_name,
+    open_features,
+)
 from fewstep.evaluation.metrics import (
     Stats,
     StatsAccumulator,
@@ -48,7 +56,9 @@ class Reference:
     source: Source
 
 
-def open_reference(source: Source, features: str = "auto", *, samples: int, device: torch.device | str = "cpu") -> Reference:
+def open_reference(
+    source: Source, features: str = "auto", *, samples: int, device: torch.device | str = "cpu"
+) -> Reference:
     """Read the whole source once through the feature net, in constant memory.
 
     Args:
@@ -60,7 +70,8 @@ def open_reference(source: Source, features: str = "auto", *, samples: int, devi
     net = open_features(features, reference=source.read(_evenly(len(source), PCA_ROWS)))
     total = StatsAccumulator()
     blocks: Iterator[Tensor] = (
-        source.read(np.arange(start, min(start + READ_BLOCK, len(source)))) for start in range(0, len(source), READ_BLOCK)
+        source.read(np.arange(start, min(start + READ_BLOCK, len(source))))
+        for start in range(0, len(source), READ_BLOCK)
     )
     for part in iter_features(net, blocks, device=device):
         total.add(part)
@@ -116,7 +127,9 @@ def evaluate(
             want=denoiser.sample_shape,
             do="Use --resize or --channels",
         )
-    reference = data if isinstance(data, Reference) else open_reference(data, features, samples=samples, device=denoiser.device)
+    reference = (
+        data if isinstance(data, Reference) else open_reference(data, features, samples=samples, device=denoiser.device)
+    )
     cond = draw_labels(denoiser, reference.source, samples, seed)
     rows = []
     for count in steps:
@@ -125,7 +138,9 @@ def evaluate(
         images = to_host(denoiser, x, source.is_images)
         rate = samples / (time.perf_counter() - started)
         row = _describe(denoiser, solver, count) | {"samples_per_second": rate}
-        row["metrics"] = _measure(metrics, reference, features_of(reference.net, images, device=denoiser.device), samples, seed)
+        row["metrics"] = _measure(
+            metrics, reference, features_of(reference.net, images, device=denoiser.device), samples, seed
+        )
         rows.append(row)
         if on_row is not None:
             on_row(row)

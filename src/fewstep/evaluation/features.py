@@ -141,9 +141,7 @@ def metric_name(metric: str, net: FeatureNet | str, n: int) -> str:
 
 def _pixel_net(rest: str, reference: Tensor | None) -> FeatureNet:
     if rest:
-        raise ConfigError(
-            "The feature net 'pixels' takes no argument", got=f"pixels:{rest}", do="Write: pixels"
-        )
+        raise ConfigError("The feature net 'pixels' takes no argument", got=f"pixels:{rest}", do="Write: pixels")
     dim = _needed(reference, "pixels")[0].numel()
     return FeatureNet("Pixels", dim, hashlib.sha256(b"pixels").hexdigest(), _pixels)
 
@@ -189,9 +187,7 @@ def _principal_axes(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _mnist_cnn(rest: str, reference: Tensor | None) -> FeatureNet:
     path = _path(rest, "mnist-cnn")
     net = load_mnist_cnn(path)
-    return FeatureNet(
-        "MNIST-CNN", 500, _file_hash(path), _image_extractor("MNIST-CNN", net, channels=1, side=28)
-    )
+    return FeatureNet("MNIST-CNN", 500, _file_hash(path), _image_extractor("MNIST-CNN", net, channels=1, side=28))
 
 
 def _mobilenet(rest: str, reference: Tensor | None) -> FeatureNet:
@@ -218,9 +214,7 @@ def _torchscript(rest: str, reference: Tensor | None) -> FeatureNet:
 def _module(rest: str, reference: Tensor | None) -> FeatureNet:
     where, _, name = rest.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in where.split(".")):
-        raise ConfigError(
-            f"'{rest}' does not name a callable", want="package.module:name", do=nearest(where, FEATURES)
-        )
+        raise ConfigError(f"'{rest}' does not name a callable", want="package.module:name", do=nearest(where, FEATURES))
     try:
         module = importlib.import_module(where)
         net = getattr(module, name)
@@ -230,9 +224,7 @@ def _module(rest: str, reference: Tensor | None) -> FeatureNet:
             do=nearest(where, FEATURES) + ". Is its folder on PYTHONPATH?",
         ) from error
     if not callable(net) or isinstance(net, type):
-        raise ConfigError(
-            f"'{rest}' is not a function or a network", got=type(net).__name__, want="a callable object"
-        )
+        raise ConfigError(f"'{rest}' is not a function or a network", got=type(net).__name__, want="a callable object")
     source = getattr(module, "__file__", None)
     digest = hashlib.sha256(rest.encode() + (Path(source).read_bytes() if source else b""))
     if isinstance(net, nn.Module):
@@ -273,9 +265,7 @@ def _probed(name: str, digest: str, net: Callable[[Tensor], Tensor], reference: 
     ) from reason
 
 
-def _image_extractor(
-    name: str, net: Callable[[Tensor], Tensor], *, channels: int, side: int | None = None
-) -> Extract:
+def _image_extractor(name: str, net: Callable[[Tensor], Tensor], *, channels: int, side: int | None = None) -> Extract:
     def extract(images: Tensor) -> Tensor:
         x = _with_channels(_images(images, name), channels, name)
         if side is not None and tuple(x.shape[2:]) != (side, side):
@@ -288,9 +278,7 @@ def _image_extractor(
             out = (net.to(x.device) if isinstance(net, nn.Module) else net)(_unit(x))
         if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(x):
             got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ConfigError(
-                f"The feature net {name} does not return features", got=got, want=f"[{len(x)}, dim]"
-            )
+            raise ConfigError(f"The feature net {name} does not return features", got=got, want=f"[{len(x)}, dim]")
         return out.flatten(1)
 
     return extract
@@ -321,9 +309,7 @@ def _with_channels(x: Tensor, channels: int, name: str) -> Tensor:
 
 def _pixels(x: Tensor) -> Tensor:
     if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise DataError(
-            "These are neither images nor points", got=f"values of type {x.dtype}", want="uint8 or float"
-        )
+        raise DataError("These are neither images nor points", got=f"values of type {x.dtype}", want="uint8 or float")
     if x.ndim < 2:
         raise DataError(
             "These are neither images nor points", got=f"shape {list(x.shape)}", want="[b, c, h, w] or [b, k]"
@@ -338,9 +324,7 @@ def _unit(x: Tensor) -> Tensor:
 
 def _needed(reference: Tensor | None, name: str) -> Tensor:
     if reference is None or not len(reference):
-        raise DataError(
-            f"The feature net {name} needs reference samples to be opened", got="none", want="at least 2"
-        )
+        raise DataError(f"The feature net {name} needs reference samples to be opened", got="none", want="at least 2")
     return reference
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.codec import save_grid
-from fewstep.errors import DataError, MissingExtra
+from fewstep.errors import DataError
 from fewstep.evaluation.pictures import (
     MOST_POINTS,
     Frame,
@@ -201,7 +201,6 @@ def step_dial_png(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) 
 
     Raises:
         DataError: there is no picture, or one is neither images nor points.
-        MissingExtra: matplotlib is not installed.
         StorageError: the disk refused; a file that was there before is untouched.
     """
     if not pictures:
@@ -281,13 +280,10 @@ def _colour(model: str, models: Sequence[str]) -> str:
 
 def _plotting() -> SimpleNamespace:
     """What is used of matplotlib: no pyplot, so no window and no state of the user's is touched."""
-    try:
-        import matplotlib
-        from matplotlib import ticker
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "plot", "Drawing figures") from error
+    import matplotlib
+    from matplotlib import ticker
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     @contextmanager
     def style(changes: Mapping[str, object]) -> Iterator[None]:
@@ -338,7 +334,7 @@ def _inline(svg: str, name: str, alt: str) -> str:
         element.attrib = {key: _on_page(key, value, prefix) for key, value in attributes.items()}
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in ("style", "metadata"):
+            if child.tag == "style":
                 parent.remove(child)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(alt)}
     return ElementTree.tostring(root, encoding="unicode")

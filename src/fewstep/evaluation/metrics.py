@@ -241,9 +241,7 @@ def _radii(points: Tensor, k: int, chunk: int) -> Tensor:
 
 
 def _inside(queries: Tensor, points: Tensor, radii: Tensor, chunk: int) -> float:
-    hits = sum(
-        int((_squared_distances(q, points) <= radii).any(1).sum()) for q in torch.split(queries, chunk)
-    )
+    hits = sum(int((_squared_distances(q, points) <= radii).any(1).sum()) for q in torch.split(queries, chunk))
     return hits / len(queries)
 
 

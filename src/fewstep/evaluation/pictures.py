@@ -7,9 +7,8 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from xml.etree import ElementTree
-
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fewstep.checkpoint.store import write_text
-from fewstep.errors import MissingExtra
 from fewstep.evaluation.figures import (
     Row,
     evaluations,
@@ -89,7 +88,7 @@ class ReportData:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Write the page atomically; without matplotlib it says so in the place of the curves.
+    """Write the page atomically.
 
     Raises:
         DataError: samples that are neither images nor points.
@@ -155,7 +154,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
     for i, name in enumerate(content["head"]):
         table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in content["lines"]:
-        table.add_row(*(str(cell) for cell in line["cells"]))
+        table.add_row(*(Text(cell) for cell in line["cells"]))
     return table
 
 
@@ -271,20 +270,15 @@ def _curve_sections(data: ReportData) -> dict[str, Any]:
     from markupsafe import Markup
 
     metrics = dict.fromkeys(name for row in data.rows for name in row.metrics)
-    try:
-        quality = [quality_svg(data.rows, name) for name in metrics]
-        loss = loss_svg(data.history)
-        training = [history_svg(data.history, key, label) for key, label in _CURVES]
-        missing = None
-    except MissingExtra as error:
-        quality, loss, training, missing = [], None, [], str(error)
+    quality = [quality_svg(data.rows, name) for name in metrics]
+    loss = loss_svg(data.history)
+    training = [history_svg(data.history, key, label) for key, label in _CURVES]
     staged = any("stage" in row for row in data.history)
     return {
         "quality": _markup(quality, Markup),
         "loss": _markup([loss], Markup),
         "loss_note": LOSS_NOTE if staged else None,
         "training": _markup(training, Markup),
-        "missing": missing,
     }
 
 

@@ -163,6 +163,4 @@ def _folded(arrays: Mapping[str, np.ndarray], kernel: str, norm: str, *, stride:
 
 
 def _missing(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"The weights file '{path}' does not exist", do="Give the path of a downloaded file"
-    )
+    return CheckpointError(f"The weights file '{path}' does not exist", do="Give the path of a downloaded file")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class StepRandom:
 class Objective(Protocol):
     """A training objective: stateless, all schedules pure functions of ``progress``."""
 
-    kind: str
+    kind: ClassVar[str]
 
     def loss(self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom) -> LossOutput:
         """Loss per sample; gradients flow through the student's own pass only."""

@@ -35,9 +35,7 @@ class Diffusion:
             per_sample = self.loss_at(student, batch.x, t, eps, batch.cond)
         return LossOutput(per_sample)
 
-    def loss_at(
-        self, student: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, cond: Tensor | None = None
-    ) -> PerSample:
+    def loss_at(self, student: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, cond: Tensor | None = None) -> PerSample:
         """The loss at explicit times ``t [b]`` and noise ``eps [b, ...]``."""
         t = to_device(t, x_0)
         x_t = student.process.perturb(x_0, eps, t.to(x_0.dtype))

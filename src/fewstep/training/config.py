@@ -118,7 +118,13 @@ class OutputConfig:
     grid: int = 64
 
     def __post_init__(self) -> None:
-        if self.log_images < 1 or self.checkpoint_images < 1 or self.sample_images < 0 or self.keep < 1 or self.grid < 1:
+        if (
+            self.log_images < 1
+            or self.checkpoint_images < 1
+            or self.sample_images < 0
+            or self.keep < 1
+            or self.grid < 1
+        ):
             raise ConfigError("The output intervals must be positive (sample_images may be 0)", got=self)
 
 
@@ -171,9 +177,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.images < 1:
-            raise ConfigError("A run needs at least one image and a batch of at least one", got=(self.images, self.batch_size))
+            raise ConfigError(
+                "A run needs at least one image and a batch of at least one", got=(self.images, self.batch_size)
+            )
         if not self.emas:
-            raise ConfigError("A run needs at least one moving average", got="emas: []", do="Set emas: [{kind: constant, beta: 0}]")
+            raise ConfigError(
+                "A run needs at least one moving average", got="emas: []", do="Set emas: [{kind: constant, beta: 0}]"
+            )
 
     @property
     def steps(self) -> int:

@@ -22,18 +22,27 @@ from fewstep.training.trainer import Trainer
 TEACHER, TUNED = "teacher (diffusion)", "tuned"
 
 
-def finish(trainer: Trainer, teacher: Denoiser | None, run: Path, watcher: Watcher, command: str) -> dict[str, Any] | None:
+def finish(
+    trainer: Trainer, teacher: Denoiser | None, run: Path, watcher: Watcher, command: str
+) -> dict[str, Any] | None:
     """Write ``model/``, evaluate model and teacher, write ``results.json`` and ``report.html``."""
     config = trainer.config
     model = trainer.averages[0]
-    provenance = {"recipe": config.recipe, "teacher": config.teacher, "data": trainer.source.name, "images": trainer.images_seen}
+    provenance = {
+        "recipe": config.recipe,
+        "teacher": config.teacher,
+        "data": trainer.source.name,
+        "images": trainer.images_seen,
+    }
     save_model(model, run / "model", provenance)
     watcher.saved(run / "model")
     rows: list[Row] = []
     pictures: list[Picture] = []
     results = None
     if config.eval.samples > 0:
-        reference = open_reference(trainer.source, config.eval.features, samples=config.eval.samples, device=model.device)
+        reference = open_reference(
+            trainer.source, config.eval.features, samples=config.eval.samples, device=model.device
+        )
         results = _evaluate(trainer, teacher, model, reference, watcher, rows, pictures)
         write_json(run / "results.json", results)
         watcher.saved(run / "results.json")
@@ -86,7 +95,11 @@ def _evaluate(
 def _picture(trainer: Trainer, name: str, denoiser: Denoiser, solver: str, nfe: int) -> Picture:
     n, seed = trainer.config.output.grid, trainer.config.seed
     cond = draw_labels(denoiser, trainer.source, n, seed)
-    run = ode_sample_nfe(denoiser, n, nfe, seed=seed, cond=cond) if solver == "ode" else sample(denoiser, n, steps=nfe, seed=seed, cond=cond)
+    run = (
+        ode_sample_nfe(denoiser, n, nfe, seed=seed, cond=cond)
+        if solver == "ode"
+        else sample(denoiser, n, steps=nfe, seed=seed, cond=cond)
+    )
     return Picture(name, nfe, to_host(denoiser, run, trainer.source.is_images))
 
 
@@ -122,7 +135,11 @@ def environment(device: torch.device) -> dict[str, str]:
     """Where the numbers come from."""
     from fewstep import __version__
 
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    )
     return {
         "fewstep": __version__,
         "torch": torch.__version__,

@@ -9,7 +9,15 @@ import torch
 
 from fewstep.checkpoint.model import KIND as MODEL_KIND
 from fewstep.checkpoint.model import describe, latest_checkpoint
-from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors, write_text
+from fewstep.checkpoint.store import (
+    header,
+    new_directory,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from fewstep.config import to_dict
 from fewstep.denoiser import load_weights
 from fewstep.errors import CheckpointError

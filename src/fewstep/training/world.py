@@ -51,7 +51,11 @@ class World:
             ConfigError: the batch does not divide by the number of processes.
         """
         if batch_size % self.size:
-            raise ConfigError("The batch does not divide by the number of processes", got=f"batch_size={batch_size}", want=f"a multiple of {self.size}")
+            raise ConfigError(
+                "The batch does not divide by the number of processes",
+                got=f"batch_size={batch_size}",
+                want=f"a multiple of {self.size}",
+            )
         local = batch_size // self.size
         return range(self.rank * local, (self.rank + 1) * local)
 
@@ -78,7 +82,7 @@ class World:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """"auto" is this process's GPU where there is one, then Apple's, then the CPU."""
+    """The device of that name; "auto" is this process's GPU where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
