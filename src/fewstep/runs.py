@@ -18,7 +18,7 @@ from fewstep.checkpoint.store import write_text
 from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
 from fewstep.data import Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
-from fewstep.errors import ConfigError, DataError, nearest
+from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
 from fewstep.evaluation.report import Row
 from fewstep.objectives import OBJECTIVES
 from fewstep.process import EDM
@@ -30,6 +30,9 @@ from fewstep.training.loop import Watcher, train
 from fewstep.training.state import restore_state
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import World
+
+IN_MEMORY = "(in memory)"
+"""Stands for a teacher that was given as an object."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def tune(
             state was saved.
     """
     config = configure("tune", recipe, objective, overrides, data)
-    named = "(in memory)" if isinstance(teacher, Denoiser) else str(teacher)
+    named = IN_MEMORY if isinstance(teacher, Denoiser) else str(teacher)
     config = replace(config, teacher=config.teacher or named)
     with joined(device) as world:
         model = teacher if isinstance(teacher, Denoiser) else load(teacher)
@@ -124,6 +127,11 @@ def resume(
         if config.job == "pretrain":
             student = new_network(config, source)
         else:
+            if teacher is None and config.teacher == IN_MEMORY:
+                raise CheckpointError(
+                    f"'{path}' was tuned from a teacher that was given {IN_MEMORY}",
+                    do="Give it again: resume(run, teacher=denoiser), or on the command line --network file.py:function",
+                )
             teacher = teacher if teacher is not None else load(config.teacher)
             student = make_student(teacher, config)
         check_fit(student, source)

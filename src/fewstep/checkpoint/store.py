@@ -67,6 +67,19 @@ def write_text(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        StorageError: the disk is full or refuses the write; what was there before is untouched.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise _storage_error(path, error) from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; numbers keep every bit."""
     write_text(path, json.dumps(value, indent=1) + "\n")

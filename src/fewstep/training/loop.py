@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fewstep.checkpoint.store import append_text, write_text
 from fewstep.data import save_grid
 from fewstep.denoiser import Denoiser
 from fewstep.errors import FewstepError, Interrupted, NonFiniteError, Preempted
@@ -128,7 +129,7 @@ class _Log:
     def __init__(self, run: Path, trainer: Trainer) -> None:
         self._path = run / "metrics.jsonl"
         kept = [r for r in read_history(run) if r["images"] <= trainer.images_seen]
-        self._path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._before = kept[-1]["seconds"] if kept else 0.0
         self._start = self._last = time.perf_counter()
         self._images = trainer.images_seen
@@ -139,8 +140,7 @@ class _Log:
         row["images_per_second"] = (seen - self._images) / max(now - self._last, 1e-9)
         row["seconds"] = self._before + now - self._start
         self._last, self._images = now, seen
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self._path, json.dumps(row) + "\n")
         return row
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import CheckpointError
 from fewstep.training.config import OptimConfig
 from fewstep.types import Progress
 
@@ -47,10 +48,18 @@ def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return out
 
 
-def restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Invert :func:`optimizer_tensors`; keeps the step counters on the CPU, as the optimisers do."""
+def restore_optimizer(
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: str
+) -> None:
+    """Invert :func:`optimizer_tensors`; keeps the step counters on the CPU, as the optimisers do.
+
+    Raises:
+        CheckpointError: a tensor belongs to no parameter, or has another shape.
+    """
     by_name = dict(module.named_parameters())
     for path, value in tensors.items():
-        key, name = path.split("/", 1)
-        parameter = by_name[name]
+        key, _, name = path.partition("/")
+        parameter = by_name.get(name)
+        if parameter is None or value.shape not in (parameter.shape, torch.Size()):
+            raise CheckpointError(f"The optimiser state in {source} does not fit the network", got=path)
         optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -33,6 +33,7 @@ def save_state(trainer: Trainer, run: Path) -> Path:
     Only the leading process writes. A checkpoint with non-finite history is never written.
     """
     path = run / "checkpoints" / f"images-{trainer.images_seen:09d}"
+    sums = trainer.world.mean(trainer.sums)
     if trainer.world.leads:
         with new_directory(path) as directory:
             student = trainer.student
@@ -41,10 +42,10 @@ def save_state(trainer: Trainer, run: Path) -> Path:
             for k, average in enumerate(trainer.averages):
                 write_tensors(directory / f"ema-{k}.safetensors", average.backbone.state_dict())
             write_tensors(directory / "optimizer.safetensors", optimizer_tensors(student.backbone, trainer.optimizer))
-            write_tensors(directory / "sums.safetensors", {"sums": trainer.sums})
+            write_tensors(directory / "sums.safetensors", {"sums": sums})
             write_json(directory / "state.json", _record(trainer))
         write_text(run / "checkpoints" / "latest", path.name + "\n")
-        _drop_old(run, trainer.config.output.keep)
+        _drop_old(path, trainer.config.output.keep)
     trainer.world.wait()
     return path
 
@@ -68,7 +69,8 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     load_weights(student.backbone, read_tensors(path / "student.safetensors"), str(path))
     for k, average in enumerate(trainer.averages):
         load_weights(average.backbone, read_tensors(path / f"ema-{k}.safetensors"), str(path))
-    restore_optimizer(student.backbone, trainer.optimizer, read_tensors(path / "optimizer.safetensors"))
+    optimizer = path / "optimizer.safetensors"
+    restore_optimizer(student.backbone, trainer.optimizer, read_tensors(optimizer), str(optimizer))
     trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
     trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
     return path
@@ -84,7 +86,8 @@ def _record(trainer: Trainer) -> dict[str, object]:
     }
 
 
-def _drop_old(run: Path, keep: int) -> None:
-    checkpoints = sorted((run / "checkpoints").glob("images-*"))
-    for old in checkpoints[:-keep]:
+def _drop_old(newest: Path, keep: int) -> None:
+    """Keep ``newest`` and ``keep - 1`` before it; a killed process may have left half a directory, too."""
+    older = sorted(p for p in newest.parent.glob("images-*") if p.name < newest.name)
+    for old in [*older[: max(len(older) - keep + 1, 0)], *newest.parent.glob(".images-*")]:
         shutil.rmtree(old, ignore_errors=True)

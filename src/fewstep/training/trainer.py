@@ -45,6 +45,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, student: Denoiser, source: Source, world: World) -> None:
+        world.share(config.batch_size)  # refuses here, before anything is written
         self.config, self.world, self.source = config, world, source
         self.student = student.under(EDM())
         _agree(self.student, world)
@@ -138,8 +139,9 @@ class Trainer:
         return {"loss": loss / steps, "grad_norm": norm / steps}
 
     def peek_finite(self) -> bool:
-        """Whether everything since the last log row was finite (reads the device)."""
-        return bool(self.world.mean(self.sums)[2].item() == 0)
+        """Whether the weights, and everything since the last log row, are finite (reads the device)."""
+        weights = torch.stack([torch.isfinite(p).all() for p in self.student.parameters()]).all()
+        return bool(((self.world.mean(self.sums)[2] == 0) & weights).item())
 
 
 class _LossModule(nn.Module):
