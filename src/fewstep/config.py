@@ -45,6 +45,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     Raises:
         ConfigError: a name is unknown (with the nearest match) or a value has the wrong type.
     """
+    kind = getattr(cls, "kind", None)
+    if kind is not None and data.get("kind", kind) != kind:
+        raise ConfigError(f"'{path}.kind' cannot be changed here", got=data["kind"], want=kind)
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {}
@@ -134,8 +137,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(args, value, where)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
             raise _wrong(where, value, "a mapping of settings")

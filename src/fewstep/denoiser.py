@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -206,10 +206,10 @@ class Denoiser(nn.Module):
         twin.process = process
         return twin
 
-    def with_parametrization(self, **changes: Any) -> Denoiser:
-        """The same network (shared weights) with some fields of the parametrization replaced."""
+    def with_parametrization(self, parametrization: Parametrization) -> Denoiser:
+        """The same network (shared weights) under another parametrization."""
         twin = copy.copy(self)
-        twin.parametrization = replace(self.parametrization, **changes)
+        twin.parametrization = parametrization
         return twin
 
     def clone(self) -> Denoiser:

@@ -74,7 +74,7 @@ class PowerEMA:
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """``beta``; the first update (n = B) copies the weights."""
-        return float((1 - batch_size / images_seen) ** (std_to_gamma(self.std) + 1))
+        return float(max(0.0, 1 - batch_size / images_seen) ** (std_to_gamma(self.std) + 1))
 
 
 AnyEMA: TypeAlias = ConstantEMA | HalfLifeEMA | PowerEMA
@@ -121,7 +121,7 @@ def posthoc_coefficients(
     gammas = np.array([std_to_gamma(s) for s in stds])
     n = np.asarray(ends, np.float64)
     a = profile_product(n[:, None], gammas[:, None], n[None, :], gammas[None, :])
-    b = profile_product(n, gammas, np.float64(target_end), np.float64(std_to_gamma(target_std)))
+    b = profile_product(n, gammas, np.asarray(target_end), np.asarray(std_to_gamma(target_std)))
     x = np.linalg.solve(a, b)
     return x / x.sum()
 

@@ -7,6 +7,7 @@ Every process is reached from the canonical EDM coordinates by ``x_edm = x_t / a
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ class DiscreteVP(Process):
 
     def __post_init__(self) -> None:
         a = self.alphas_cumprod
-        if len(a) < 2 or not all(1 > x > y > 0 for x, y in zip(a, a[1:], strict=False)):
+        if len(a) < 2 or not all(1 > x > y > 0 for x, y in itertools.pairwise(a)):
             raise ConfigError(
                 "The table of cumulative alphas is not a decreasing sequence inside (0, 1)",
                 got=f"{len(a)} values",

@@ -130,7 +130,7 @@ class DropoutTape(TorchFunctionMode):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if kind is None and not self._recording and self._call != len(self._masks):
             raise ConfigError(
                 "The target pass drew another number of dropout masks than the student pass",

@@ -211,7 +211,8 @@ def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
     for parameter in unused_parameters(student):
         parameter.requires_grad_(False)
     if config.student.boundary_shift:
-        student = student.with_parametrization(boundary_shift=config.student.boundary_shift)
+        shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
+        student = student.with_parametrization(shifted)
     times = {int(k): tuple(float(t) for t in v) for k, v in config.student.sampler_times.items()}
     student.sampler_times |= times
     return student

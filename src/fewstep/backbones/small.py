@@ -18,6 +18,8 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 class NoiseEmbedding(nn.Module):
     """``c_noise [b]`` (and one-hot labels) -> ``[b, width]``: cosines and sines of 1/8 to 4 turns, then an MLP."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         turns = torch.logspace(-3, 2, width // 4, base=2.0, dtype=torch.float64)

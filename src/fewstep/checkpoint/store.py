@@ -88,6 +88,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file (inside :func:`new_directory`, which makes it atomic)."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors keeps its files to their owner
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

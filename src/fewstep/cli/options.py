@@ -126,7 +126,8 @@ def open_network(spec: str) -> Denoiser:
     if not path.is_file() or path.suffix != ".py":
         raise ConfigError(f"'{spec}' does not name a function in a Python file", want="file.py:function")
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec is not None and module_spec.loader is not None
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

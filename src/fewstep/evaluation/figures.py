@@ -288,12 +288,13 @@ def _plotting() -> SimpleNamespace:
     @contextmanager
     def style(changes: Mapping[str, object]) -> Iterator[None]:
         base = {"text.parse_math": False, "axes.unicode_minus": False, "savefig.facecolor": "white"}
-        with warnings.catch_warnings(), matplotlib.rc_context(rc={**base, **changes}):
+        settings: Any = {**base, **changes}
+        with warnings.catch_warnings(), matplotlib.rc_context(rc=settings):
             warnings.filterwarnings("ignore", message="Glyph .* missing from")
             yield
 
     def pixels(figure: Any) -> np.ndarray:
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -28,7 +28,7 @@ class Diffusion:
     kind: ClassVar[str] = "diffusion"
 
     def loss(self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom) -> LossOutput:
-        """Loss per sample ``[b]``."""
+        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
         t = draw(self.law, random.uniform("times"), student.sigma_min)
         eps = random.normal("noise", batch.x)
         with random.tape().record():

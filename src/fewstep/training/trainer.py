@@ -107,7 +107,7 @@ class Trainer:
         share = self.world.share(config.batch_size)
         size = config.micro_batch or len(share)
         parts = [range(start + a, start + min(a + size, share.stop)) for a in range(share.start, share.stop, size)]
-        following = parts[1:] + [range(parts[0].start + config.batch_size, parts[0].stop + config.batch_size)]
+        following = [*parts[1:], range(parts[0].start + config.batch_size, parts[0].stop + config.batch_size)]
         total = torch.zeros((), device=self.world.device)
         for part, ahead in zip(parts, following, strict=True):
             batch = feed.batch(part, ahead)
