@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     kwargs: dict[str, Any] = {}
     for key, value in data.items():
         where = f"{path}.{key}" if path else key
-        if key == "kind" and "kind" not in names:
+        if key == "kind" and "kind" not in names and hasattr(cls, "kind"):
             continue
         if key not in names:
             raise ConfigError(f"There is no setting '{where}'", do=nearest(str(key), names))
@@ -82,7 +83,7 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
             node = node[name]
             if not isinstance(node, dict):
                 raise ConfigError(f"There is no setting '{path}': '{'.'.join(parents[:depth])}' is a single value")
-        if last == "kind" and node.get("kind") != value:
+        if last == "kind" and node.get("kind", value) != value:
             node.clear()
         node[last] = value
     return from_dict(type(config), data)
@@ -98,7 +99,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             out[path.strip()] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError as error:
-            raise ConfigError(f"The value of '{path}' is not readable: {error}", got=text) from error
+            raise ConfigError(f"The value of '{path}' is not YAML: {_where(error)}", got=text) from error
     return out
 
 
@@ -112,11 +113,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"The configuration file '{path}' does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"The configuration file '{path}' is not readable: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The configuration file '{path}' is not YAML: {_where(error)}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"The configuration file '{path}' is not readable: {reason}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"The configuration file '{path}' does not hold a mapping", got=type(data).__name__)
     return data
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """A YAML error in one line, with its place."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -167,7 +179,7 @@ def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     options = [a for a in args if a is not type(None)]
     if len(options) == 1:
         return _coerce(options[0], value, where)
-    variants = {getattr(a, "kind", None): a for a in options if dataclasses.is_dataclass(a)}
+    variants: dict[Any, Any] = {getattr(a, "kind", None): a for a in options if dataclasses.is_dataclass(a)}
     if any(isinstance(value, a) for a in variants.values()):
         return value
     if variants and isinstance(value, Mapping):
@@ -203,9 +215,11 @@ def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:
                 return int(number)
     if hint is float and not isinstance(value, bool):
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isnan(number):
+            return number
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
     raise _wrong(

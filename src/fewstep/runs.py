@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,11 +20,13 @@ from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
 from fewstep.data import Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
+from fewstep.evaluation.features import PCA_ROWS, open_features
 from fewstep.evaluation.report import Row
 from fewstep.objectives import OBJECTIVES
 from fewstep.process import EDM
 from fewstep.recipes import default_recipe
 from fewstep.recipes import recipe as named_recipe
+from fewstep.sampling import check_times
 from fewstep.training.config import DataConfig, RunConfig
 from fewstep.training.finish import finish
 from fewstep.training.loop import Watcher, train
@@ -155,6 +158,8 @@ def configure(
             raise ConfigError(f"There is no objective '{objective}'", do=nearest(objective, OBJECTIVES))
         config = replace(config, objective=OBJECTIVES[objective]())
     config = with_overrides(config, overrides or {})
+    if config.job != job:
+        raise ConfigError(f"These settings are for a run to {config.job}", got=f"job: {config.job}", want=f"job: {job}")
     name = data if isinstance(data, str) else data.name
     return replace(config, data=replace(config.data, source=name))
 
@@ -191,9 +196,16 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
     else:
         kwargs |= {"sample_shape": list(shape), "num_classes": classes}
     spec = {"name": config.model.backbone, "kwargs": kwargs}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        backbone = build(spec)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            backbone = build(spec)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise ConfigError(
+            f"The network '{config.model.backbone}' cannot be built for samples of shape {shape}: {error}",
+            got=f"model.kwargs={config.model.kwargs}",
+            do="Images need unet, dit or edm, points need mlp: --set model.backbone=mlp",
+        ) from error
     return Denoiser(
         backbone,
         EDM(),
@@ -213,9 +225,27 @@ def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
     if config.student.boundary_shift:
         shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
         student = student.with_parametrization(shifted)
-    times = {int(k): tuple(float(t) for t in v) for k, v in config.student.sampler_times.items()}
-    student.sampler_times |= times
+    student.sampler_times |= _sampler_times(config, student)
     return student
+
+
+def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[float, ...]]:
+    """``student.sampler_times`` by step count, as many decreasing noise levels as steps."""
+    found = {}
+    for steps, times in config.student.sampler_times.items():
+        try:
+            levels = check_times([float(t) for t in times], student)
+            fits = len(levels) == int(steps)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ConfigError(
+                "'student.sampler_times' does not give one noise level per step",
+                got=f"{steps}: {times}",
+                want="for example {2: [80, 0.8], 4: [80, 10, 2, 0.5]}",
+            )
+        found[int(steps)] = tuple(levels)
+    return found
 
 
 def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
@@ -231,6 +261,21 @@ def check_fit(model: Denoiser, source: Source) -> None:
     Raises:
         DataError: with both shapes and the remedy.
     """
+    check_shape(model, source)
+    if model.num_classes and source.num_classes != model.num_classes:
+        raise DataError(
+            f"The labels of '{source.name}' do not fit the class-conditional model",
+            got=f"{source.num_classes} classes" if source.num_classes else "no labels",
+            want=f"{model.num_classes} classes",
+        )
+
+
+def check_shape(model: Denoiser, source: Source) -> None:
+    """Refuse data whose shape is not that of the model's samples.
+
+    Raises:
+        DataError: with both shapes and the remedy.
+    """
     if tuple(source.shape) != model.sample_shape:
         have, want = tuple(source.shape), model.sample_shape
         remedy = []
@@ -242,12 +287,6 @@ def check_fit(model: Denoiser, source: Source) -> None:
             got=have,
             want=want,
             do=f"Add {' '.join(remedy)}" if remedy else "Use data of that shape, or another model",
-        )
-    if model.num_classes and source.num_classes != model.num_classes:
-        raise DataError(
-            f"The labels of '{source.name}' do not fit the class-conditional model",
-            got=f"{source.num_classes} classes" if source.num_classes else "no labels",
-            want=f"{model.num_classes} classes",
         )
 
 
@@ -288,13 +327,36 @@ def _run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             f"The output '{out}' already exists and is not empty",
-            do=f"Continue it with: fewstep resume {out}. Or choose another --out",
+            do=f"Continue it with: fewstep resume {out}. Or choose another --out"
+            if (out / "config.yaml").is_file()
+            else "Choose another --out",
         )
+    check_table(config, source)
     trainer = Trainer(config, student.to(world.device), source, world)
     world.wait()
     if world.leads:
         write_text(out / "config.yaml", dump_yaml(config))
     return _finish(trainer, teacher, out, watcher, command)
+
+
+def check_table(config: RunConfig, source: Source) -> None:
+    """Refuse settings of the closing table that would fail only after the training.
+
+    Raises:
+        FewstepError: an unknown feature net, one that does not read this data, or unusable counts.
+    """
+    table = config.eval
+    if table.samples == 0:
+        return
+    if table.samples < 2 or min((*table.steps, *table.teacher_nfe), default=1) < 1:
+        raise ConfigError(
+            "The settings under 'eval' cannot be used",
+            got=f"samples: {table.samples}, steps: {list(table.steps)}, teacher_nfe: {list(table.teacher_nfe)}",
+            want="samples: 0 (no table) or at least 2; steps and teacher_nfe from 1",
+        )
+    if table.features not in ("auto", "pixels"):
+        rows = np.linspace(0, len(source) - 1, min(PCA_ROWS, len(source))).round().astype(np.int64)
+        open_features(table.features, reference=source.read(rows))
 
 
 def _finish(trainer: Trainer, teacher: Denoiser | None, out: Path, watcher: Watcher | None, command: str) -> Run:

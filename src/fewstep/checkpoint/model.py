@@ -139,7 +139,7 @@ def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Deno
     name = "ema-0" if weights == "ema" else weights
     file = path / f"{name}.safetensors"
     if not file.is_file():
-        known = sorted(p.stem for p in path.glob("*.safetensors") if p.stem != "optimizer")
+        known = sorted(p.stem for p in (*path.glob("ema-*.safetensors"), *path.glob("student.safetensors")))
         raise CheckpointError(
             f"The checkpoint has no weights '{weights}'", got=weights, want=" or ".join(["ema", *known])
         )

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 
 from fewstep import __version__
+from fewstep.cli.options import check_environment
 from fewstep.errors import FewstepError
 
 _HELP = """Turn a pretrained diffusion model into a generator that needs 1, 2, 4 or 8 network evaluations.
 
-    fewstep demo                                       see it work in a few minutes
-    fewstep convert edm.pkl teacher                    an EDM or ECT pickle, read without running it
-    fewstep tune teacher --data photos.zip --out run   tune it
-    fewstep sample run --steps 2 -n 64 --out out.png   use it
+```
+fewstep demo                                # see it work
+fewstep convert edm.pkl teacher             # an EDM or ECT pickle
+fewstep tune teacher --data photos.zip --out run
+fewstep sample run --steps 2 -n 64 --out out.png
+```
+
+Each verb explains itself, with an example: `fewstep tune --help`.
 
 Exit codes: 0 done; 2 wrong usage or unusable input; 1 internal failure; 130 interrupted and 75 preempted, both
-after the state was saved.
+after the state was saved. `FEWSTEP_DEBUG=1` shows tracebacks.
 """
 
-_VERBS = {
-    "demo": "From the shipped diffusion checkpoint to a few-step generator of digits, with a report.",
-    "convert": "Convert an EDM or ECT pickle to a safe model directory.",
-    "pretrain": "Train a small diffusion model from scratch, to tune it afterwards.",
-    "tune": "Tune a diffusion model into a few-step generator.",
-    "sample": "Draw samples from a model.",
-    "eval": "Measure a model at several step counts.",
-    "recipes": "List the presets, or show one whole.",
-    "resume": "Continue a run from its newest checkpoint.",
-    "plan": "Predict memory and time of a run before starting it.",
+VERBS = {
+    "Start here": ("demo", "recipes", "plan"),
+    "Make a model": ("convert", "pretrain", "tune", "resume"),
+    "Use a model": ("sample", "eval"),
 }
+"""Panels of ``fewstep --help``. Each verb is a function in the module of its name, which imports torch only when run."""
 
 app = App(name="fewstep", help=_HELP, version=__version__, help_format="markdown")
-for _verb, _text in _VERBS.items():
-    app.command(f"fewstep.cli.{_verb}:{_verb}", name=_verb, help=_text)
+for _key, (_title, _verbs) in enumerate(VERBS.items()):
+    _panel = Group(_title, sort_key=_key)
+    for _verb in _verbs:
+        app.command(getattr(importlib.import_module(f"fewstep.cli.{_verb}"), _verb), name=_verb, group=_panel)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     try:
+        check_environment()
         result = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
         return result if isinstance(result, int) else 0
-    except CycloptsError:
+    except CycloptsError as error:
+        verb = [name for name in error.command_chain or () if name != "fewstep"][:1]
+        _say(f"Its options and an example: {' '.join(['fewstep', *verb, '--help'])}")
         return 2
     except FewstepError as error:
         _say(str(error))
@@ -56,10 +62,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if _out_of_memory(error):
+            _say(
+                "There is not enough memory. Try --set micro_batch=8 (the same result in more passes), a smaller "
+                "--batch-size, or `fewstep plan` to see what a run needs."
+            )
+            return 2
         if os.environ.get("FEWSTEP_DEBUG"):
             traceback.print_exc()
         _say(f"Internal failure: {type(error).__name__}: {error}. For the traceback: FEWSTEP_DEBUG=1 fewstep ...")
         return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Torch's own class on a GPU; on a CPU a RuntimeError that only its text tells apart."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _say(text: str) -> None:

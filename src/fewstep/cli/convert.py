@@ -13,6 +13,7 @@ from fewstep.cli.options import Json, Output, Quiet
 def convert(
     src: Annotated[Path, Parameter(help="An EDM or ECT .pkl, or ECT's training-state-*.pt.")],
     dst: Annotated[Path, Parameter(help="Directory to write: model.safetensors and config.json.")],
+    /,
     *,
     weights: Annotated[
         Literal["ema", "net"] | None, Parameter(help="Which network of the file. Default: ema, or net of a .pt.")
@@ -22,7 +23,14 @@ def convert(
 ) -> int:
     """Convert an EDM or ECT pickle to a safe model directory.
 
-    Nothing in the pickle is executed: names outside a short allow-list of inert stand-ins are refused.
+    Nothing in the pickle is executed: names outside a short allow-list of inert stand-ins are refused. Known are the
+    DDPM++ and NCSN++ networks with EDM, VP, VE or ECT preconditioning; DST holds safetensors and JSON afterwards.
+
+    For example:
+
+    ```
+    fewstep convert edm-cifar10-32x32-uncond-vp.pkl teacher
+    ```
     """
     from fewstep.checkpoint.convert import convert as convert_file
 

@@ -22,7 +22,14 @@ def demo(
 ) -> int:
     """Tune the shipped diffusion model of handwritten digits into a few-step generator, and show the difference.
 
-    About four minutes on two CPU cores. An unfinished demo in the same directory is continued.
+    About four minutes on two CPU cores. An unfinished demo in the same directory is continued. The result is
+    OUT/report.html: samples and quality of the diffusion model and of the few-step model side by side.
+
+    For example:
+
+    ```
+    fewstep demo --out demo-run
+    ```
     """
     from fewstep import runs
     from fewstep.checkpoint.model import load

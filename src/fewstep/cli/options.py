@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -19,10 +20,24 @@ if TYPE_CHECKING:
 COMMON = Group("Common options", sort_key=90)
 DATA = Group("Data", sort_key=50)
 
+COUNT = Number(gte=1)
+BatchSize = Annotated[
+    int | None, Parameter(validator=COUNT, help="Samples at once; changes the memory and the rounding only.")
+]
+Images = Annotated[int | None, Parameter(validator=COUNT, help="Training images in total. Default: the recipe's.")]
+TrainBatch = Annotated[
+    int | None, Parameter(validator=COUNT, help="Global batch, over all processes. Default: the recipe's.")
+]
 Seed = Annotated[int | None, Parameter(group=COMMON, help="Seed of all randomness.")]
 Device = Annotated[str, Parameter(group=COMMON, help="auto, cpu, cuda or cuda:1.")]
-Json = Annotated[bool, Parameter(name="--json", group=COMMON, negative="", help="Machine-readable result on stdout.")]
-Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], group=COMMON, negative="", help="No progress, no tables.")]
+Json = Annotated[
+    bool,
+    Parameter(name="--json", group=COMMON, negative="", help="Machine-readable result on stdout.", show_default=False),
+]
+Quiet = Annotated[
+    bool,
+    Parameter(name=["--quiet", "-q"], group=COMMON, negative="", help="No progress, no tables.", show_default=False),
+]
 Config = Annotated[
     Path | None,
     Parameter(group=COMMON, help="A YAML file with settings, as in a run's config.yaml; --set wins over it."),
@@ -34,7 +49,8 @@ Set = Annotated[
         group=COMMON,
         consume_multiple=True,
         negative="",
-        help="Settings as path=value, repeatable: --set optim.lr=2e-4 objective.schedule.q=4. See them all: fewstep recipes NAME.",
+        help="Settings as path=value, repeatable: --set optim.lr=2e-4 objective.schedule.q=4. "
+        "See them all: fewstep recipes NAME.",
     ),
 ]
 Network = Annotated[
@@ -51,6 +67,33 @@ DataOption = Annotated[
 Resize = Annotated[int | None, Parameter(group=DATA, help="Centre-crop to a square and resize to this side.")]
 Channels = Annotated[int | None, Parameter(group=DATA, help="1 (grey) or 3 (RGB): convert the images.")]
 Split = Annotated[str, Parameter(group=DATA, help="train, or test for an npz with x_test.")]
+
+
+def leads() -> bool:
+    """True in the one process that prints: RANK, as torchrun sets it, is 0 or not set."""
+    return os.environ.get("RANK", "0").strip() in ("", "0")
+
+
+def check_environment() -> None:
+    """Refuse odd values of what torchrun sets, which would silence or split the run.
+
+    Raises:
+        ConfigError: RANK, WORLD_SIZE and LOCAL_RANK are not whole numbers that fit together.
+    """
+    from fewstep.errors import ConfigError
+
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    if not given:
+        return
+    whole = all(value.isdecimal() for value in given.values())
+    if whole and int(given.get("RANK", 0)) < int(given.get("WORLD_SIZE", 1)):
+        return
+    raise ConfigError(
+        "The environment variables of a distributed run do not make sense",
+        got=", ".join(f"{name}='{value}'" for name, value in given.items()),
+        want="whole numbers with RANK below WORLD_SIZE, as torchrun sets them",
+        do=f"Run: unset {' '.join(given)}",
+    )
 
 
 def _console() -> Console:
@@ -70,7 +113,7 @@ class Output:
     @property
     def speaks(self) -> bool:
         """True in the leading process, unless --quiet."""
-        return not self.quiet and os.environ.get("RANK", "0") == "0"
+        return not self.quiet and leads()
 
     def say(self, text: Any) -> None:
         """A line, table or other renderable for people."""
@@ -79,7 +122,7 @@ class Output:
 
     def result(self, value: dict[str, Any]) -> None:
         """The result for machines."""
-        if self.as_json and os.environ.get("RANK", "0") == "0":
+        if self.as_json and leads():
             print(json.dumps(value))
 
 

@@ -6,12 +6,14 @@ import dataclasses
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from fewstep.cli.options import (
     Channels,
     Config,
     DataOption,
     Device,
+    Images,
     Json,
     Output,
     Quiet,
@@ -19,6 +21,7 @@ from fewstep.cli.options import (
     Seed,
     Set,
     Split,
+    TrainBatch,
     open_model,
     overrides,
 )
@@ -26,13 +29,14 @@ from fewstep.cli.options import (
 
 def plan(
     teacher: Annotated[str, Parameter(help="A model, run or converted checkpoint; or file.py:function.")],
+    /,
     *,
     data: DataOption,
     recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
     objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
-    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
-    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
-    budget: Annotated[float, Parameter(help="Seconds to spend on measuring.")] = 20.0,
+    images: Images = None,
+    batch_size: TrainBatch = None,
+    budget: Annotated[float, Parameter(validator=Number(gt=0), help="Seconds to spend on measuring.")] = 20.0,
     resize: Resize = None,
     channels: Channels = None,
     split: Split = "train",
@@ -46,6 +50,13 @@ def plan(
     """Predict memory and time of `fewstep tune` with the same arguments, on this machine.
 
     Memory is counted from tensors, without what the framework itself takes; time is measured on a few real steps.
+    Nothing is written.
+
+    For example:
+
+    ```
+    fewstep plan teacher --data photos.zip --recipe full --batch-size 256
+    ```
     """
     from rich.table import Table
 

@@ -12,6 +12,7 @@ from fewstep.cli.options import (
     Config,
     DataOption,
     Device,
+    Images,
     Json,
     Output,
     Quiet,
@@ -19,6 +20,7 @@ from fewstep.cli.options import (
     Seed,
     Set,
     Split,
+    TrainBatch,
     command_line,
     overrides,
 )
@@ -30,8 +32,8 @@ def pretrain(
     data: DataOption,
     out: Annotated[Path, Parameter(help="The run directory to write.")],
     recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes.")] = None,
-    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
-    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
+    images: Images = None,
+    batch_size: TrainBatch = None,
     resize: Resize = None,
     channels: Channels = None,
     split: Split = "train",
@@ -44,7 +46,15 @@ def pretrain(
 ) -> int:
     """Train a small diffusion model from scratch, to tune it afterwards.
 
-    The network is chosen by --set model.backbone=unet (edm, dit, mlp) and --set model.kwargs="{channels: 64}".
+    The network is chosen by `--set model.backbone=unet` (edm, dit; mlp for points) and its arguments by
+    `--set model.kwargs="{channels: 64}"`. Ctrl-C saves the state; `fewstep resume OUT` continues.
+
+    For example:
+
+    ```
+    fewstep pretrain --data digits --recipe demo-teacher --out teacher
+    fewstep pretrain --data tiles --images 500000 --set model.kwargs="{channels: 64}" --out teacher
+    ```
     """
     from fewstep import runs
     from fewstep.cli.progress import Live

@@ -11,10 +11,23 @@ from fewstep.cli.options import Json, Output
 
 def recipes(
     name: Annotated[str | None, Parameter(help="Show this preset whole, as YAML for --config.")] = None,
+    /,
     *,
     json: Json = False,
 ) -> int:
-    """List the presets, or show one whole; every line of it is a path for --set."""
+    """List the presets, or show one whole.
+
+    Every line of a preset is a path for --set (`optim: lr:` is `--set optim.lr=2e-4`), and all of it is a file
+    for --config. Beside each preset stands what was measured with it.
+
+    For example:
+
+    ```
+    fewstep recipes
+    fewstep recipes fast > mine.yaml
+    fewstep tune teacher --data photos.zip --config mine.yaml --out run
+    ```
+    """
     from rich.table import Table
 
     from fewstep.config import dump_yaml, to_dict

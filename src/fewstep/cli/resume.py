@@ -13,13 +13,23 @@ from fewstep.cli.tune import show_run
 
 def resume(
     run: Annotated[Path, Parameter(help="The run directory.")],
+    /,
     *,
     network: Network = None,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Continue a run from its newest checkpoint, to the same bits as if it had never stopped (on a CPU)."""
+    """Continue a run from its newest checkpoint.
+
+    On a CPU the result has the same bits as if the run had never stopped. A finished run is evaluated again.
+
+    For example:
+
+    ```
+    fewstep resume run
+    ```
+    """
     from fewstep import runs
     from fewstep.cli.progress import Live
 

@@ -8,66 +8,84 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from fewstep.cli.options import Device, Json, Network, Output, Quiet
+from fewstep.cli.options import COUNT, BatchSize, Device, Json, Network, Output, Quiet, Seed
 
 
 def sample(
     model: Annotated[str, Parameter(help="A run or model directory; or file.py:function.")],
+    /,
     *,
     out: Annotated[Path, Parameter(help="x.png for one picture, x.npz, or a directory of PNG files.")],
-    steps: Annotated[int, Parameter(help="Network evaluations.")] = 1,
-    number: Annotated[int, Parameter(name=["--number", "-n"], help="How many samples.")] = 64,
-    times: Annotated[str | None, Parameter(help="Noise levels instead of --steps, for example 80,0.8.")] = None,
+    steps: Annotated[int | None, Parameter(validator=COUNT, help="Network evaluations. Default: 1.")] = None,
+    number: Annotated[int, Parameter(name=["--number", "-n"], validator=COUNT, help="How many samples.")] = 64,
+    times: Annotated[
+        str | None, Parameter(help="Noise levels instead of --steps, largest first, for example 80,0.8.")
+    ] = None,
     sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",
     label: Annotated[int | None, Parameter(help="One class for all samples. Default: all classes in turn.")] = None,
     guidance: Annotated[
         float | None, Parameter(help="Classifier-free guidance; a heuristic on few-step models.")
     ] = None,
-    weights: Annotated[str, Parameter(help="ema, ema-1, student.")] = "ema",
-    batch_size: int | None = None,
+    weights: Annotated[str, Parameter(help="ema; of a run also student, and ema-1, ... where it has several.")] = "ema",
+    batch_size: BatchSize = None,
     network: Network = None,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Draw samples from a model. Sample i depends on the seed and on i alone."""
-    import torch
+    """Draw samples from a model.
 
+    Sample i depends on the seed and on i alone: -n 3 gives the first 3 of -n 7.
+
+    For example:
+
+    ```
+    fewstep sample run --steps 2 -n 64 --out out.png
+    fewstep sample run --times 80,1.5 -n 5000 --seed 1 --out out.npz
+    fewstep sample teacher --sampler ode --steps 35 -n 64 --out teacher.png
+    ```
+    """
     from fewstep.cli.options import open_model
-    from fewstep.cli.write import parse_numbers, save_samples
+    from fewstep.cli.write import check_output, draw, parse_numbers, save_samples, spread_labels
     from fewstep.errors import ConfigError
-    from fewstep.sampling import ode_sample_nfe
-    from fewstep.sampling import sample as few_step_sample
+    from fewstep.sampling import few_step_times
 
     output = Output(quiet, json)
+    levels = parse_numbers(times, "--times", float) if times is not None else None
+    if levels is not None and steps not in (None, len(levels)):
+        raise ConfigError(
+            "--times and --steps do not agree", got=f"{len(levels)} times, --steps {steps}", do="Give one"
+        )
+    if sampler == "ode" and (levels is not None or guidance is not None):
+        option = "--times" if levels is not None else "--guidance"
+        raise ConfigError(f"{option} does not go with --sampler ode", do="In Python: fewstep.ode_sample")
     denoiser = open_model(model, weights, network, device)
-    cond = None
-    if denoiser.num_classes:
-        if label is not None and not 0 <= label < denoiser.num_classes:
-            raise ConfigError("There is no such class", got=label, want=f"0 to {denoiser.num_classes - 1}")
-        cond = torch.arange(number) % denoiser.num_classes if label is None else torch.full((number,), label)
-        cond = cond.to(denoiser.device)
-    elif label is not None:
-        raise ConfigError("The model is not class-conditional", got=f"--label {label}", do="Leave --label out")
+    check_output(out, denoiser)
+    cond = spread_labels(denoiser, number, label)
+    if sampler == "consistency" and levels is None:
+        levels = few_step_times(denoiser, steps or 1)
     if guidance is not None:
         output.say(
             "Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight."
         )
     started = time.perf_counter()
-    if sampler == "ode":
-        x = ode_sample_nfe(denoiser, number, steps, seed=seed, cond=cond, batch_size=batch_size)
-        nfe = steps
-    else:
-        levels = parse_numbers(times, "--times", float) if times is not None else None
-        x = few_step_sample(
-            denoiser, number, steps=steps, times=levels, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size
-        )
-        nfe = (len(levels) if levels else steps) * (2 if guidance is not None and guidance != 1 else 1)
-    seconds = time.perf_counter() - started
+    x, nfe = draw(denoiser, number, levels, steps or 1, seed or 0, cond, guidance, batch_size)
+    rate = number / (time.perf_counter() - started)
     path = save_samples(out, denoiser, x, cond)
-    output.say(f"Wrote {number} samples, {nfe} evaluations each, to {path} ({number / seconds:.1f} samples/s).")
+    evaluations = f"{nfe} evaluation{'s' if nfe > 1 else ''}"
+    output.say(f"Wrote {number} samples, {evaluations} each, to {path} ({rate:,.1f} samples/s).")
     output.result(
-        {"samples": str(path), "number": number, "nfe": nfe, "seed": seed, "samples_per_second": number / seconds}
+        {
+            "samples": str(path),
+            "number": number,
+            "sampler": sampler,
+            "nfe": nfe,
+            "times": levels,
+            "label": label,
+            "guidance": guidance,
+            "seed": seed or 0,
+            "samples_per_second": rate,
+        }
     )
     return 0

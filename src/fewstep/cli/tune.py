@@ -12,6 +12,7 @@ from fewstep.cli.options import (
     Config,
     DataOption,
     Device,
+    Images,
     Json,
     Output,
     Quiet,
@@ -19,6 +20,7 @@ from fewstep.cli.options import (
     Seed,
     Set,
     Split,
+    TrainBatch,
     command_line,
     open_model,
     overrides,
@@ -29,13 +31,14 @@ def tune(
     teacher: Annotated[
         str, Parameter(help="A model, run or converted checkpoint; or file.py:function for a network of your own.")
     ],
+    /,
     *,
     data: DataOption,
     out: Annotated[Path, Parameter(help="The run directory to write.")],
     recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
     objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
-    images: Annotated[int | None, Parameter(help="Training images in total.")] = None,
-    batch_size: Annotated[int | None, Parameter(help="Global batch, over all processes.")] = None,
+    images: Images = None,
+    batch_size: TrainBatch = None,
     resize: Resize = None,
     channels: Channels = None,
     split: Split = "train",
@@ -49,7 +52,14 @@ def tune(
     """Tune a diffusion model into a few-step generator.
 
     Writes OUT/config.yaml, metrics.jsonl, samples/, checkpoints/, model/ and report.html. Ctrl-C saves the state;
-    `fewstep resume OUT` goes on to the same bits. On several GPUs: torchrun --nproc-per-node N -m fewstep tune ...
+    `fewstep resume OUT` goes on to the same bits. On several GPUs: `torchrun --nproc-per-node N -m fewstep tune ...`.
+
+    For example:
+
+    ```
+    fewstep tune teacher --data photos.zip --recipe fast --out run
+    fewstep tune teacher --data photos.zip --set optim.lr=2e-4 objective.schedule.q=4 --out run
+    ```
     """
     from fewstep import runs
     from fewstep.cli.progress import Live
@@ -80,6 +90,10 @@ def show_run(output: Output, run: object) -> None:
     if output.speaks and rows:
         print_table(rows, output.console)
     output.say(f"Model: {run.path / 'model'}   Report: {run.path / 'report.html'}")
+    if run.config.job == "tune":
+        output.say(f"Next: fewstep sample {run.path} --steps 2 -n 64 --out samples.png")
+    else:
+        output.say(f"Next: fewstep tune {run.path} --data {run.config.data.source} --out RUN")
     output.result(
         {
             "run": str(run.path),
