@@ -362,6 +362,6 @@ def check_table(config: RunConfig, source: Source) -> None:
 def _finish(trainer: Trainer, teacher: Denoiser | None, out: Path, watcher: Watcher | None, command: str) -> Run:
     watcher = watcher or Watcher()
     train(trainer, out, watcher)
+    trainer.world.wait()  # the others leave now: an evaluation may take longer than a collective operation waits
     results = finish(trainer, teacher, out, watcher, command) if trainer.world.leads else None
-    trainer.world.wait()
     return Run(out, trainer.config, results)

@@ -34,7 +34,7 @@ VERBS = {
     "Make a model": ("convert", "pretrain", "tune", "resume"),
     "Use a model": ("sample", "eval"),
 }
-"""Panels of ``fewstep --help``. Each verb is a function in the module of its name, which imports torch only when run."""
+"""Panels of ``fewstep --help``. A verb is a function in the module of its name; torch is imported only when it runs."""
 
 app = App(name="fewstep", help=_HELP, version=__version__, help_format="markdown")
 for _key, (_title, _verbs) in enumerate(VERBS.items()):

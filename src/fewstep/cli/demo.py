@@ -44,8 +44,8 @@ def demo(
             )
         else:
             run = runs.tune(
-                runs.demo_teacher(), "digits", out=out, recipe="demo", overrides=overrides(None, set, seed), device=device,
-                watcher=live, command=command_line(),
+                runs.demo_teacher(), "digits", out=out, recipe="demo", overrides=overrides(None, set, seed),
+                device=device, watcher=live, command=command_line(),
             )  # fmt: skip
     finally:
         live.close()

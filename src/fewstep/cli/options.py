@@ -86,12 +86,13 @@ def check_environment() -> None:
     if not given:
         return
     whole = all(value.isdecimal() for value in given.values())
-    if whole and int(given.get("RANK", 0)) < int(given.get("WORLD_SIZE", 1)):
+    alone = not whole or int(given.get("WORLD_SIZE", 1)) == 1
+    if whole and int(given.get("RANK", 0)) < int(given.get("WORLD_SIZE", 1)) and (alone or "MASTER_ADDR" in os.environ):
         return
     raise ConfigError(
         "The environment variables of a distributed run do not make sense",
         got=", ".join(f"{name}='{value}'" for name, value in given.items()),
-        want="whole numbers with RANK below WORLD_SIZE, as torchrun sets them",
+        want="whole numbers with RANK below WORLD_SIZE, and MASTER_ADDR, as torchrun sets them",
         do=f"Run: unset {' '.join(given)}",
     )
 

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from fewstep.cli.options import Output
 from fewstep.training.loop import Watcher
 from fewstep.training.trainer import StepReport, Trainer
 
+WIDE = 120
+"""Columns of a terminal that show everything."""
+
 
 class _Numbers(ProgressColumn):
     """stage, r/t, loss and images/s, as far as they are known."""
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("numbers", ""))
+        return Text(task.fields.get("numbers", ""), no_wrap=True)
+
+
+def _make_bar(console: Console) -> Progress:
+    """One line at any width: below WIDE columns the percentage goes and the bar is short."""
+    wide = console.width >= WIDE
+    one_line = Column(no_wrap=True)
+    columns: list[ProgressColumn] = [TextColumn("{task.percentage:>3.0f}%", table_column=one_line)] if wide else []
+    columns += [
+        BarColumn(bar_width=24 if wide else 8),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} images", table_column=one_line),
+        _Numbers(table_column=one_line),
+        TimeRemainingColumn(compact=True, table_column=one_line),
+        TextColumn("left", table_column=one_line),
+    ]
+    return Progress(*(columns if wide else columns[:-1]), console=console)
 
 
 class Live(Watcher):
@@ -29,6 +50,7 @@ class Live(Watcher):
         self._task: Any = None
         self._row: dict[str, Any] = {}
         self._table = False
+        self._first, self._began = 0, time.perf_counter()
 
     def started(self, trainer: Trainer, run: Path) -> None:
         if not self._out.speaks:
@@ -42,22 +64,17 @@ class Live(Watcher):
         if trainer.images_seen:
             self._out.say(f"Continuing at image {trainer.images_seen:,}.")
         if self._out.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.percentage:>3.0f}%"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
-                _Numbers(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._out.console,
-            )
+            self._bar = _make_bar(self._out.console)
             self._task = self._bar.add_task("", total=trainer.config.images, completed=trainer.images_seen, numbers="")
+            self._first, self._began = trainer.images_seen, time.perf_counter()
             self._bar.start()
 
     def stepped(self, report: StepReport) -> None:
         if self._bar is not None:
             done = min(report.progress.images_seen, report.progress.total_images)
-            self._bar.update(self._task, completed=done, numbers=_numbers(self._row | report.schedule))
+            narrow, seconds = self._out.console.width < WIDE, time.perf_counter() - self._began
+            speed = {"images_per_second": (done - self._first) / max(seconds, 1e-9)}  # until the first log row
+            self._bar.update(self._task, completed=done, numbers=_numbers(speed | self._row | report.schedule, narrow))
 
     def logged(self, row: dict[str, Any]) -> None:
         self._row = row
@@ -87,12 +104,12 @@ class Live(Watcher):
             self._bar = None
 
 
-def _numbers(row: dict[str, Any]) -> str:
+def _numbers(row: dict[str, Any], narrow: bool = False) -> str:
     parts = []
     if "stage" in row:
         parts.append(f"stage {row['stage']:.0f} r/t {row['r/t']:.4f}")
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4g}")
     if "images_per_second" in row:
-        parts.append(f"{row['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
+        parts.append(f"{row['images_per_second']:.0f}{'/s' if narrow else ' images/s'}")
+    return (" " if narrow else "  ").join(parts)

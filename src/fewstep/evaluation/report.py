@@ -152,7 +152,7 @@ def quality_table(rows: Sequence[Row]) -> Table:
     content = _table(rows)
     table = Table()
     for i, name in enumerate(content["head"]):
-        table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for line in content["lines"]:
         table.add_row(*(Text(cell) for cell in line["cells"]))
     return table

@@ -16,7 +16,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.evaluation.evaluate import Reference, draw_labels, evaluate, open_reference, to_host
 from fewstep.evaluation.report import Picture, ReportData, Row, step_dial_png, write_report
 from fewstep.sampling import ode_sample_nfe, sample
-from fewstep.training.loop import Watcher, peak_memory, read_history
+from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory, read_history
 from fewstep.training.trainer import Trainer
 
 TEACHER, TUNED = "teacher (diffusion)", "tuned"
@@ -46,6 +46,8 @@ def finish(
         results = _evaluate(trainer, teacher, model, reference, watcher, rows, pictures)
         write_json(run / "results.json", results)
         watcher.saved(run / "results.json")
+    elif config.job == "tune":
+        pictures += [_picture(trainer, TUNED, model, "consistency", n) for n in GRID_STEPS]
     data = ReportData(
         title=_title(trainer),
         summary=_summary(trainer, teacher),

@@ -109,9 +109,10 @@ def activation_bytes(config: RunConfig, student: Denoiser, source: Source) -> in
 
 def _measure(config: RunConfig, student: Denoiser, source: Source, world: World, micro: int, budget: float) -> float:
     """Images per second of real steps at the end of the schedule, where every row needs its target pass."""
-    small = replace(config, batch_size=micro, micro_batch=None, images=micro * 1000)
+    small = replace(config, batch_size=micro, micro_batch=None, images=config.images + micro * 1000)
     alone = World(0, 1, world.device)
     trainer = Trainer(small, student.clone(), source, alone)
+    trainer.images_seen = config.images
     deadline = time.perf_counter() + budget
     times: list[float] = []
     last = time.perf_counter()

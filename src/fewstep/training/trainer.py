@@ -69,7 +69,9 @@ class Trainer:
 
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
+        if self.world.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.config.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
         feed = Feed(self.source, self.student, self.config.data, self.config.seed)
         try:
             while self.images_seen < self.config.images:
@@ -96,6 +98,8 @@ class Trainer:
         for law, average in zip(config.emas, self.averages, strict=True):
             beta = law.decay(self.images_seen, config.batch_size)
             ema.update(average.parameters(), self.student.parameters(), beta)
+            for mine, theirs in zip(average.buffers(), self.student.buffers(), strict=True):
+                mine.copy_(theirs)  # buffers are copied, not averaged
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.sums += torch.stack((loss, norm, bad.to(loss.dtype))).double()
         self.summed_steps += 1
