@@ -99,7 +99,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             out[path.strip()] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError as error:
-            raise ConfigError(f"The value of '{path}' is not YAML: {_where(error)}", got=text) from error
+            raise ConfigError(f"The value of '{path}' is not readable as YAML: {_where(error)}", got=text) from error
     return out
 
 
@@ -114,7 +114,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError(f"The configuration file '{path}' does not exist") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"The configuration file '{path}' is not YAML: {_where(error)}") from error
+        raise ConfigError(f"The configuration file '{path}' is not readable as YAML: {_where(error)}") from error
     except (UnicodeDecodeError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"The configuration file '{path}' is not readable: {reason}") from error

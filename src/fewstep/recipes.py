@@ -95,14 +95,14 @@ def _demo(teacher: bool) -> RunConfig:
     return RunConfig(
         recipe="demo",
         note="measured by `make demo` (docs/demo.md)",
-        images=90_000,
+        images=160_000,
         batch_size=128,
         objective=ECT(
-            schedule=Stages(q=4.0, images=20_000, last=3),
+            schedule=Stages(q=2.0, images=28_000, first=1, last=4),
             penalty=Penalty("pseudo_huber", "dt", c=0.03),
         ),
-        optim=OptimConfig(name="radam", lr=1e-3, schedule="linear", decay_share=0.3),
-        emas=(ConstantEMA(0.995),),
+        optim=OptimConfig(name="radam", lr=5e-4, schedule="linear", decay_share=0.4),
+        emas=(ConstantEMA(0.997),),
         data=DataConfig(source="digits", labels=False),
         output=OutputConfig(log_images=1_280, sample_images=20_480, checkpoint_images=40_960, grid=25),
     )

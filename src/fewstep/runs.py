@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,7 +134,8 @@ def resume(
             if teacher is None and config.teacher == IN_MEMORY:
                 raise CheckpointError(
                     f"'{path}' was tuned from a teacher that was given {IN_MEMORY}",
-                    do="Give it again: resume(run, teacher=denoiser), or on the command line --network file.py:function",
+                    do="Give it again: resume(run, teacher=denoiser), or on the command line "
+                    "--network file.py:function",
                 )
             teacher = teacher if teacher is not None else load(config.teacher)
             student = make_student(teacher, config)
@@ -182,6 +184,12 @@ def read_run(path: Path) -> RunConfig:
             f"'{path}' is not a run directory: it has no config.yaml", do="Give the --out of a tune or pretrain run"
         )
     return from_dict(RunConfig, read_yaml(path / "config.yaml"))
+
+
+def open_run(path: Path) -> Run:
+    """A run directory with the results that its end left there, if it has ended."""
+    results = path / "results.json"
+    return Run(path, read_run(path), json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None)
 
 
 def new_network(config: RunConfig, source: Source) -> Denoiser:
@@ -236,13 +244,13 @@ def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[floa
         try:
             levels = check_times([float(t) for t in times], student)
             fits = len(levels) == int(steps)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ConfigError):
             fits = False
         if not fits:
             raise ConfigError(
                 "'student.sampler_times' does not give one noise level per step",
                 got=f"{steps}: {times}",
-                want="for example {2: [80, 0.8], 4: [80, 10, 2, 0.5]}",
+                want="decreasing levels, for example {2: [80, 0.8], 4: [80, 10, 2, 0.5]}",
             )
         found[int(steps)] = tuple(levels)
     return found

@@ -30,9 +30,11 @@ class Lognormal:
         _require(self.std > 0, "The lognormal law of t needs std > 0", self.std)
 
     def cdf(self, t: Tensor) -> Tensor:
+        """``P(law <= t)``."""
         return torch.special.ndtr((t.log() - self.mean) / self.std)
 
     def quantile(self, u: Tensor) -> Tensor:
+        """The inverse of ``cdf``."""
         return (self.mean + self.std * torch.special.ndtri(u)).exp()
 
 
@@ -96,6 +98,7 @@ class Constant:
     kind: ClassVar[str] = "constant"
 
     def n(self, t: Tensor) -> Tensor:
+        """The factor of the mean gap ``t / ratio``."""
         return torch.ones_like(t)
 
 

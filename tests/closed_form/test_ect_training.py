@@ -9,7 +9,6 @@ dimension and the penalty do not matter.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,15 +18,18 @@ from fewstep import EDM, Denoiser, Parametrization
 from fewstep.data.sources import ArraySource
 from fewstep.ema import ConstantEMA
 from fewstep.objectives import ECT
-from fewstep.penalty import Penalty, Weight
+from fewstep.penalty import Penalty
 from fewstep.times import LogUniform, Stages
 from fewstep.training.config import OptimConfig, RunConfig
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import World
 
 SIGMOID_8 = {2: 0.2773, 4: 0.6787, 8: 0.8616, 16: 0.9366, 32: 0.9695, 64: 0.9850}
-TOP, SIGMA_DATA, SIZE, BATCH, STEPS = 8.0, 0.5, 64, 256, 1000
-LOW, HIGH, FEATURES = 0.01, 12.0, 24
+PLAN = {2: (400, 0.01), 4: (500, 0.008), 8: (1300, 2e-3), 16: (1400, 1e-3), 32: (1300, 8e-4), 64: (1200, 5e-4)}
+"""q^a -> optimiser steps and learning rate: noise grows relative to what is left to learn."""
+
+TOP, SIGMA_DATA, SIZE, BATCH = 8.0, 0.5, 1024, 64
+LOW, HIGH, FEATURES = 0.05, 9.0, 20
 
 
 class Gain(nn.Module):
@@ -45,15 +47,16 @@ class Gain(nn.Module):
 
 
 def data() -> ArraySource:
-    """32,768 points of exactly the right second moment."""
-    x = torch.randn(32_768, SIZE, generator=torch.Generator().manual_seed(0))
+    """8,192 points of exactly the right second moment."""
+    x = torch.randn(8192, SIZE, generator=torch.Generator().manual_seed(0))
     return ArraySource("normal", x * (SIGMA_DATA / x.square().mean().sqrt()), None)
 
 
-def stage(student: Denoiser, ratio: int, weight: Weight, source: ArraySource) -> Denoiser:
+def stage(student: Denoiser, ratio: int, source: ArraySource) -> Denoiser:
     """One stage of ECT from ``student``; the moving average at its end."""
     number = round(math.log2(ratio)) - 1
-    images = STEPS * BATCH
+    steps, lr = PLAN[ratio]
+    images = steps * BATCH
     config = RunConfig(
         seed=ratio,
         images=images,
@@ -61,14 +64,14 @@ def stage(student: Denoiser, ratio: int, weight: Weight, source: ArraySource) ->
         objective=ECT(
             law=LogUniform(LOW, HIGH),
             schedule=Stages(q=2.0, images=images, first=number, last=number),
-            penalty=Penalty("pseudo_huber", weight, c=0.06),
+            penalty=Penalty("pseudo_huber", "dt", c=0.06),
         ),
-        optim=OptimConfig(name="adam", lr=0.03, betas=(0.9, 0.99), schedule="cosine", decay_share=1.0),
-        emas=(ConstantEMA(0.98),),
+        optim=OptimConfig(name="adam", lr=lr, betas=(0.9, 0.99), schedule="cosine", decay_share=1.0),
+        emas=(ConstantEMA(0.995),),
     )
     trainer = Trainer(config, student, source, World(0, 1, torch.device("cpu")))
     reports = list(trainer.steps())
-    assert len(reports) == STEPS
+    assert len(reports) == steps
     assert reports[-1].schedule["r/t"] == 1 - 1 / ratio
     return trainer.averages[0]
 
@@ -81,8 +84,7 @@ def spread(model: Denoiser) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight", ["snrpk", "dt"])
-def test_every_stage_reaches_its_fixed_point(weight: Weight) -> None:
+def test_every_stage_reaches_its_fixed_point() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source = data()
@@ -90,7 +92,7 @@ def test_every_stage_reaches_its_fixed_point(weight: Weight) -> None:
     assert spread(model) == pytest.approx(SIGMA_DATA / math.sqrt(SIGMA_DATA**2 + TOP**2), rel=1e-5)
     got = {}
     for ratio in SIGMOID_8:
-        model = stage(model.requires_grad_(True), ratio, weight, source)
+        model = stage(model.requires_grad_(True), ratio, source)
         got[ratio] = spread(model)
     torch.set_num_threads(threads)
     print({k: round(v, 4) for k, v in got.items()})

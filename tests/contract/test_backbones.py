@@ -90,6 +90,13 @@ class TestBackbone:
         torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
         assert not torch.equal(single.double(), double)  # it was really computed in float64
 
+    def test_no_lower_precision_hides_in_float64(self, name: str) -> None:
+        """Changes that float32 cannot hold are still heard, in the samples and in the noise level."""
+        backbone, (x, t) = make(name).double().eval().backbone, inputs(name, torch.float64)
+        out = backbone(x, t.log() / 4)
+        for near in (backbone(x, t.log() / 4 + 1e-10), backbone(x + 1e-10 * x.roll(1, 0), t.log() / 4)):
+            assert 0 < (near - out).abs().max() < 1e-6
+
     def test_bf16_autocast_is_near(self, name: str) -> None:
         model, (x, t) = make(name).eval(), inputs(name)
         want = model(x, t)

@@ -136,7 +136,9 @@ def test_two_steps_in_float32_and_bf16(kind: str, name: str) -> None:
     if name == "mlp":
         source = ArraySource("points", rows(name).x.repeat(4, 1), None)
     else:
-        source = ArraySource("images", torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), None)  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=generator)
+        source = ArraySource("images", images, None)
     results = {}
     for precision in ("fp32", "bf16"):
         config = RunConfig(

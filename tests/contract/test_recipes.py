@@ -125,7 +125,11 @@ def test_imagenet64(size: str) -> None:
     assert objective.mapping == Sigmoid(k=8.0, b=1.0)
     assert (objective.schedule.q, objective.schedule.images) == (4.0, 25_000 * BATCH)
     assert objective.schedule.ratio(Progress(12_799_999, 12_800_000)) == 256.0
-    assert (objective.penalty.distance, objective.penalty.weight, objective.penalty.c) == ("pseudo_huber", "snrpk", 0.06)
+    assert (objective.penalty.distance, objective.penalty.weight, objective.penalty.c) == (
+        "pseudo_huber",
+        "snrpk",
+        0.06,
+    )
     optim = config.optim
     assert (optim.name, optim.lr, optim.betas) == ("adam", lr, (0.9, 0.99))
     assert (optim.weight_decay, optim.warmup_images, optim.clip) == (0.0, 0, None)

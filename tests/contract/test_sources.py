@@ -136,5 +136,5 @@ def test_into_model_space_and_back(spec: tuple[str, str]) -> None:
 
 
 def test_only_npz_has_a_test_split(spec: tuple[str, str]) -> None:
-    with pytest.raises(DataError, match="split|x_test"):
+    with pytest.raises(DataError, match=r"split|x_test"):
         open_source(spec[1], split="test")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,7 +118,9 @@ def assert_close(run: Path, other: Path, atol: float, start: dict[str, Tensor]) 
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=10 * atol, msg=lambda m, n=name: f"{n}: {m}")
     moved = max(float((a[f"student/{k}"] - v).abs().max()) for k, v in start.items())
     assert moved > 1000 * atol
-    logs = [[(r["images"], r["stage"], r["lr"], r["loss"], r["grad_norm"]) for r in read_history(p)] for p in (run, other)]
+    logs = [
+        [(r["images"], r["stage"], r["lr"], r["loss"], r["grad_norm"]) for r in read_history(p)] for p in (run, other)
+    ]
     assert [r[:3] for r in logs[0]] == [r[:3] for r in logs[1]]
     assert len(logs[0]) == 3
     for first, second in zip(*logs, strict=True):
@@ -167,7 +168,10 @@ def test_a_batch_that_does_not_divide(torchrun: Launch, tiny_path: Path, tmp_pat
     out = tmp_path / "two"
     done = torchrun("tune", tiny_path, "--data", "digits", "--out", out, "--batch-size", "15")
     assert done.returncode != 0
-    assert "The batch does not divide by the number of processes. Got: batch_size=15. Wanted: a multiple of 2" in done.stderr
+    assert (
+        "The batch does not divide by the number of processes. Got: batch_size=15. Wanted: a multiple of 2"
+        in done.stderr
+    )
     assert "exitcode  : 2" in done.stderr
     assert not out.exists()
 

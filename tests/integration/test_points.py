@@ -38,7 +38,9 @@ def test_tuning_makes_one_step_enough(tmp_path: Path) -> None:
     value = {
         (model, row["nfe"]): row["metrics"][METRIC] for model, result in run.results.items() for row in result["rows"]
     }
-    before = fewstep.evaluate(teacher.model(), fewstep.open_source("gaussians8"), steps=(1,), metrics=("sw2",), samples=4000)
+    before = fewstep.evaluate(
+        teacher.model(), fewstep.open_source("gaussians8"), steps=(1,), metrics=("sw2",), samples=4000
+    )
     untuned = before["rows"][0]["metrics"][METRIC]
     print(value, "untuned", untuned)
     assert untuned == pytest.approx(value["teacher (diffusion)", 1], rel=0.05)
@@ -56,7 +58,9 @@ def test_a_sample_of_the_tuned_model_is_the_same_alone_and_among_others(tmp_path
     teacher = fewstep.pretrain(
         "gaussians8", out=tmp_path / "teacher", recipe="points-teacher", overrides=small, device="cpu"
     )
-    run = fewstep.tune(teacher.path, "gaussians8", out=tmp_path / "tuned", recipe="points", overrides=small, device="cpu")
+    run = fewstep.tune(
+        teacher.path, "gaussians8", out=tmp_path / "tuned", recipe="points", overrides=small, device="cpu"
+    )
     model = fewstep.load(run.path / "model")
     many, few = (fewstep.sample(model, n, steps=2, seed=3) for n in (64, 5))
     np.testing.assert_allclose(many[:5].numpy(), few.numpy(), atol=1e-5)

@@ -131,7 +131,7 @@ def test_killed_from_outside(
     same_bits(run, whole)
 
 
-@pytest.mark.parametrize("images", [16, 304, 624])
+@pytest.mark.parametrize("images", [16, 384])  # the second resumes from 320, between two rows of the log
 def test_in_python_with_a_teacher_in_memory(
     images: int,
     tiny: Denoiser,

@@ -46,7 +46,9 @@ def test_the_state_of_that_step_is_saved(
     images = 16 * random.Random(code).choice([6, 13, 27, 34])  # neither a log row nor a checkpoint
     script = SIGNALS_AT.format(images=images, numbers=[int(number)])
     err = call(*tune_arguments(run, settings), script=script, code=code)
-    assert err.strip() == f"fewstep: Stopped at image {images}; the state is saved. Continue with: fewstep resume {run}."
+    assert (
+        err.strip() == f"fewstep: Stopped at image {images}; the state is saved. Continue with: fewstep resume {run}."
+    )
     assert latest_checkpoint(run).name == f"images-{images:09d}"
     assert not (run / "model").exists()
     fewstep.resume(run, device="cpu")

@@ -22,7 +22,8 @@ def demo(
 ) -> int:
     """Tune the shipped diffusion model of handwritten digits into a few-step generator, and show the difference.
 
-    About four minutes on two CPU cores. An unfinished demo in the same directory is continued. The result is
+    About four minutes on two CPU cores. An unfinished demo in the same directory is continued, a finished one
+    is shown again. The result is
     OUT/report.html: samples and quality of the diffusion model and of the few-step model side by side.
 
     For example:
@@ -38,7 +39,12 @@ def demo(
     output = Output(quiet, json)
     live = Live(output)
     try:
-        if (out / "config.yaml").is_file() and not (out / "report.html").is_file():
+        if (out / "report.html").is_file():
+            output.say(
+                f"The demo in '{out}' is finished. To run it again, remove that directory or give another --out."
+            )
+            run = runs.open_run(out)
+        elif (out / "config.yaml").is_file():
             run = runs.resume(
                 out, device=device, teacher=load(runs.demo_teacher()), watcher=live, command=command_line()
             )
