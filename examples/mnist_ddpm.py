@@ -5,12 +5,13 @@ file, or name them in the environment variable MNIST_DDPM. Then:
 
     fewstep sample examples/mnist_ddpm.py:teacher --sampler ode --steps 35 -n 64 --out teacher.png
     fewstep tune   examples/mnist_ddpm.py:teacher --data mnist.npz --recipe mnist-ddpm --out mnist-run
-    fewstep eval   mnist-run --network examples/mnist_ddpm.py:teacher --data mnist.npz --features mnist-cnn:cnn.safetensors
+    fewstep eval   mnist-run --network examples/mnist_ddpm.py:teacher --data mnist.npz --features mnist-cnn:CNN
 """
 
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,9 +26,7 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 7, padding=3), nn.LayerNorm((outputs, 28, 28)), nn.GELU()
-        )
+        self.net = nn.Sequential(nn.Conv2d(inputs, outputs, 7, padding=3), nn.LayerNorm((outputs, 28, 28)), nn.GELU())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -40,10 +39,16 @@ class MnistDDPM(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", torch.zeros(16))
         self.time_embed = nn.Sequential(
-            nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 16)
+            nn.Linear(32, 128),
+            nn.GELU(),
+            nn.Linear(128, 128),
+            nn.GELU(),
+            nn.Linear(128, 128),
+            nn.GELU(),
+            nn.Linear(128, 16),
         )
         widths = (1, 16, 32, 32, 16)
-        blocks: list[nn.Module] = [Block(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        blocks: list[nn.Module] = [Block(a, b) for a, b in pairwise(widths)]
         self.blocks = nn.ModuleList([*blocks, nn.Conv2d(16, 1, 3, padding=1)])
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ def resume(
 ) -> Run:
     """Continue a run from its newest checkpoint, to the same bits as if it had never stopped (CPU).
 
+    A run that has ended, report and all, is returned as it is.
+
     Args:
         run: the run directory.
         data: the source again, if it was given as an object.
@@ -126,6 +128,8 @@ def resume(
     """
     path = Path(run)
     config = read_run(path)
+    if (path / "report.html").is_file():
+        return open_run(path)
     with joined(device) as world:
         source = data if data is not None else open_data(config.data)
         if config.job == "pretrain":

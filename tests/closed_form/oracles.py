@@ -179,9 +179,7 @@ class Plain(nn.Module):
         return self.function(x, c_noise) + 0 * self.idle
 
 
-def as_denoiser(
-    function: Function, size: int = 1, *, sigma_data: float = 0.5, sigma_max: float = 80.0
-) -> Denoiser:
+def as_denoiser(function: Function, size: int = 1, *, sigma_data: float = 0.5, sigma_max: float = 80.0) -> Denoiser:
     """``function(x, sigma)``, for example ``oracle.denoise``, as a Denoiser under the EDM clock."""
     parametrization = Parametrization("x0", sigma_data=sigma_data, time="native")
     return Denoiser(Plain(function), EDM(), parametrization, sample_shape=(size,), sigma_max=sigma_max)
@@ -226,9 +224,7 @@ class ExactNetwork(nn.Module):
         return raw(self.kind, self.oracle, self.process, x, t, self.sigma_data)
 
 
-def exact_denoiser(
-    kind: str, oracle: Oracle, process: Process, size: int, sigma_data: float = 0.5
-) -> Denoiser:
+def exact_denoiser(kind: str, oracle: Oracle, process: Process, size: int, sigma_data: float = 0.5) -> Denoiser:
     """A Denoiser around the exact raw network of ``kind`` under ``process``."""
     network = ExactNetwork(kind, oracle, process, sigma_data)
     parametrization = Parametrization(kind, sigma_data=sigma_data, time="native")

@@ -69,9 +69,7 @@ def test_half_lives_of_ects_betas(beta: float, kimg: int) -> None:
     """math.md 5: beta = .9999 at batch 128 is a half-life of 887 kimg, .9993 of 127 kimg."""
     assert round(math.log(2) / -math.log(beta) * 128 / 1000) == kimg
     half_life = math.log(2) / -math.log(beta) * 128
-    assert HalfLifeEMA(half_life, None).decay(1, 128) == pytest.approx(
-        ConstantEMA(beta).decay(1, 128), rel=1e-12
-    )
+    assert HalfLifeEMA(half_life, None).decay(1, 128) == pytest.approx(ConstantEMA(beta).decay(1, 128), rel=1e-12)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.10, 0.2])

@@ -88,17 +88,12 @@ def test_frechet_of_commuting_rotated_gaussians(d: int) -> None:
     q, lam, mu = rotation(d, 5), normal(d, seed=6).exp(), normal(d, seed=7).exp()
     delta = normal(d, seed=8)
     got = frechet_distance(stats(torch.zeros(d), q @ lam.diag() @ q.T), stats(delta, q @ mu.diag() @ q.T))
-    assert got == pytest.approx(
-        float(delta.square().sum() + (lam.sqrt() - mu.sqrt()).square().sum()), abs=1e-8
-    )
+    assert got == pytest.approx(float(delta.square().sum() + (lam.sqrt() - mu.sqrt()).square().sum()), abs=1e-8)
 
 
 def test_frechet_of_non_commuting_gaussians_in_two_dimensions() -> None:
     """2x2: tr (S S')^½ = √(tr S S' + 2 √det S S')."""
-    a, b = (
-        m @ m.T + 0.1 * torch.eye(2, dtype=torch.float64)
-        for m in (normal(2, 2, seed=9), normal(2, 2, seed=10))
-    )
+    a, b = (m @ m.T + 0.1 * torch.eye(2, dtype=torch.float64) for m in (normal(2, 2, seed=9), normal(2, 2, seed=10)))
     overlap = math.sqrt(float((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()))
     got = frechet_distance(stats(torch.zeros(2), a), stats(torch.zeros(2), b))
     assert got == pytest.approx(float(a.trace() + b.trace()) - 2 * overlap, abs=1e-8)
@@ -209,9 +204,7 @@ def test_sliced_wasserstein_of_gaussians() -> None:
     delta = torch.tensor([0.4, -0.3], dtype=torch.float64)
     angle = torch.linspace(0, math.pi, 1001, dtype=torch.float64)[:-1]
     theta = torch.stack([angle.cos(), angle.sin()])
-    exact = (
-        ((delta @ theta) ** 2 + ((a.T @ theta).norm(dim=0) - (b.T @ theta).norm(dim=0)) ** 2).mean().sqrt()
-    )
+    exact = ((delta @ theta) ** 2 + ((a.T @ theta).norm(dim=0) - (b.T @ theta).norm(dim=0)) ** 2).mean().sqrt()
     x, y = normal(20_000, 2, seed=27) @ a.T, normal(15_000, 2, seed=28) @ b.T + delta
     assert sliced_wasserstein(x, y, directions=256, seed=1) == pytest.approx(float(exact), rel=0.03)
 

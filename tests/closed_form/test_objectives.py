@@ -81,9 +81,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 
 # ------------------------------------------------------------------------------------- G2 to G6
 @pytest.mark.parametrize("ratio", [2.0, 16.0])
-@pytest.mark.parametrize(
-    "penalty", [Penalty(), Penalty("pseudo_huber", "snrpk", 0.06), Penalty("squared_l2", "dt")]
-)
+@pytest.mark.parametrize("penalty", [Penalty(), Penalty("pseudo_huber", "snrpk", 0.06), Penalty("squared_l2", "dt")])
 def test_gradient_flows_through_the_student_only(ratio: float, penalty: Penalty) -> None:
     """G3: the gradient equals the one with the target passed in as a constant tensor."""
     denoiser, (x_0, t, eps), objective = student(), setting(), ECT(penalty=penalty)
@@ -162,9 +160,7 @@ def test_losses_do_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     random = StepRandom(Streams(0), order, torch.device("cpu"))
     close(objective.loss(denoiser, Batch(x[order]), START, random).per_sample, whole[order])
     parts = [
-        objective.loss(
-            denoiser, Batch(x[i : i + 3]), START, step_random(len(x[i : i + 3]), first=i)
-        ).per_sample
+        objective.loss(denoiser, Batch(x[i : i + 3]), START, step_random(len(x[i : i + 3]), first=i)).per_sample
         for i in (0, 3, 6)
     ]
     close(torch.cat(parts), whole)

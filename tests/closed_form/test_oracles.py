@@ -27,9 +27,7 @@ def integrate(denoise: object, x: Tensor, t: float, s: float) -> Tensor:
 
 def test_gaussian_flow_map_solves_the_ode() -> None:
     law, x = Gaussian.random(4), normal(1, 4)
-    torch.testing.assert_close(
-        integrate(law.denoise, x[0], 3.0, 0.2), law.flow(x, 3.0, 0.2)[0], rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(integrate(law.denoise, x[0], 3.0, 0.2), law.flow(x, 3.0, 0.2)[0], rtol=1e-8, atol=1e-10)
 
 
 def test_gaussian_denoiser_is_tweedies_formula() -> None:
@@ -69,9 +67,7 @@ def test_two_points_equal_two_point_masses_and_land_by_sign() -> None:
 @pytest.mark.parametrize("start", [-1.7, 0.05, 2.4])
 def test_mixture_quantile_map_solves_the_ode(start: float) -> None:
     law, x = Mixture(), torch.tensor([[start]], dtype=torch.float64)
-    torch.testing.assert_close(
-        law.flow(x, 3.0, 0.1)[0], integrate(law.denoise, x[0], 3.0, 0.1), rtol=1e-8, atol=1e-9
-    )
+    torch.testing.assert_close(law.flow(x, 3.0, 0.1)[0], integrate(law.denoise, x[0], 3.0, 0.1), rtol=1e-8, atol=1e-9)
 
 
 def test_a_mixture_of_one_is_the_gaussian() -> None:

@@ -152,9 +152,7 @@ def test_discrete_time_is_log_linear_and_clamped() -> None:
     table = np.sqrt((1 - a) / a)
     whole = torch.arange(1000, dtype=torch.float64)
     np.testing.assert_allclose(process.to_edm(whole).numpy(), table, rtol=1e-12)
-    np.testing.assert_allclose(
-        process.from_edm(torch.from_numpy(table)).numpy(), whole.numpy(), rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(process.from_edm(torch.from_numpy(table)).numpy(), whole.numpy(), rtol=1e-9, atol=1e-9)
     query = torch.tensor([1e-4, math.sqrt(table[400] * table[401]), 0.7, 1e4], dtype=torch.float64)
     want = np.interp(np.log(query.numpy()), np.log(table), np.arange(1000))
     np.testing.assert_allclose(process.from_edm(query).numpy(), want, rtol=1e-10, atol=1e-10)

@@ -65,9 +65,7 @@ def test_heun_is_second_order_and_euler_first() -> None:
         outs = [heun_sample(model(WHITE.denoise), one, karras_grid(n)[:-1], order=order) for n in nodes]
         errors = torch.stack([(out / exact - 1).abs().log() for out in outs]).flatten()
         levels = torch.tensor(nodes, dtype=torch.float64).log()
-        slope = torch.linalg.lstsq(
-            torch.stack((levels, torch.ones_like(levels)), 1), errors[:, None]
-        ).solution[0]
+        slope = torch.linalg.lstsq(torch.stack((levels, torch.ones_like(levels)), 1), errors[:, None]).solution[0]
         assert -float(slope) == pytest.approx(order, abs=0.03), order
 
 
@@ -79,9 +77,7 @@ def test_gain_errors_of_the_teacher_reference(nodes: int, overshoot: float, tole
     assert gain(nodes) - 1 == pytest.approx(overshoot, abs=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("variance", "overshoot"), [(1e-4, 0.16), (0.01, 0.09), (4.0, 0.036), (100.0, 0.022)]
-)
+@pytest.mark.parametrize(("variance", "overshoot"), [(1e-4, 0.16), (0.01, 0.09), (4.0, 0.036), (100.0, 0.022)])
 def test_gain_errors_of_other_variances(variance: float, overshoot: float) -> None:
     assert gain(18, variance) - 1 == pytest.approx(overshoot, abs=6e-3)
 
@@ -121,9 +117,7 @@ def test_churn_keeps_the_law() -> None:
     law, n = Gaussian.white(LAM), 4000
     streams, index = Streams(3), torch.arange(n)
     noise = lambda k: streams.normal(f"churn/{k}", index, (1,), torch.float64)  # noqa: E731
-    out = heun_sample(
-        model(law.denoise), latents(3, n, 1), karras_grid(72), noise, churn=20.0, churn_noise=1.0
-    )
+    out = heun_sample(model(law.denoise), latents(3, n, 1), karras_grid(72), noise, churn=20.0, churn_noise=1.0)
     plain = heun_sample(model(law.denoise), latents(3, n, 1), karras_grid(72))
     assert float(out.std()) == pytest.approx(0.5, rel=0.04)
     assert (out - plain).abs().mean() > 0.3  # it did something
@@ -193,10 +187,7 @@ def test_exact_function_gives_the_law_of_a_mixture(steps: int) -> None:
 def test_denoiser_instead_of_consistency_function_is_caught_by_that_test() -> None:
     law = Mixture()
     out = sample(as_denoiser(law.denoise), 2000, seed=11)[:, 0]
-    assert (
-        stats.kstest(out.numpy(), lambda x: law.cdf(torch.as_tensor(x)[:, None], 1e-9)[:, 0].numpy()).pvalue
-        < 1e-9
-    )
+    assert stats.kstest(out.numpy(), lambda x: law.cdf(torch.as_tensor(x)[:, None], 1e-9)[:, 0].numpy()).pvalue < 1e-9
 
 
 def test_one_step_is_multistep_without_mid_times() -> None:
@@ -224,9 +215,7 @@ def test_sample_i_depends_on_the_seed_and_on_i_alone(front: Callable[..., Tensor
     for size in (1, 7, 64, 1000):
         part = front(denoiser, 64, steps=2, seed=9, batch_size=size, **extra)
         torch.testing.assert_close(part, whole, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(
-        front(denoiser, 10, steps=2, seed=9, **extra), whole[:10], rtol=1e-13, atol=1e-13
-    )
+    torch.testing.assert_close(front(denoiser, 10, steps=2, seed=9, **extra), whole[:10], rtol=1e-13, atol=1e-13)
     other = front(denoiser, 64, steps=2, seed=10, **extra)
     assert ((other - whole).abs() < 1e-6).sum() == 0
     assert len({round(float(v), 9) for v in whole.flatten()}) == whole.numel()
@@ -237,9 +226,7 @@ def test_labels_follow_their_samples_through_the_batches() -> None:
         def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor) -> Tensor:
             return 0 * x + cond @ torch.arange(4.0)[:, None]
 
-    denoiser = Denoiser(
-        ByClass(), EDM(), Parametrization("x0", time="native"), sample_shape=(1,), num_classes=4
-    )
+    denoiser = Denoiser(ByClass(), EDM(), Parametrization("x0", time="native"), sample_shape=(1,), num_classes=4)
     cond = torch.tensor([3, 1, 0, 2, 1, 3, 0])
     out = sample(denoiser, 7, cond=cond, batch_size=3)
     assert out[:, 0].tolist() == cond.tolist()

@@ -47,16 +47,12 @@ def track(ema: AnyEMA, start: np.ndarray, sequence: np.ndarray) -> np.ndarray:
 def test_exponents_and_widths(arrays: dict[str, np.ndarray], branch: str) -> None:
     stds, gammas = arrays[f"{branch}/stds"], arrays[f"{branch}/std_to_exp"]
     np.testing.assert_allclose([std_to_gamma(s) for s in stds], gammas, rtol=1e-9)
-    np.testing.assert_allclose(
-        [gamma_to_std(g) for g in gammas], arrays[f"{branch}/exp_to_std_of_exp"], rtol=1e-9
-    )
+    np.testing.assert_allclose([gamma_to_std(g) for g in gammas], arrays[f"{branch}/exp_to_std_of_exp"], rtol=1e-9)
 
 
 @branches
 def test_betas(arrays: dict[str, np.ndarray], branch: str) -> None:
-    got = [
-        [PowerEMA(s).decay(int(n), BATCH) for n in arrays[f"{branch}/nimg"]] for s in arrays[f"{branch}/stds"]
-    ]
+    got = [[PowerEMA(s).decay(int(n), BATCH) for n in arrays[f"{branch}/nimg"]] for s in arrays[f"{branch}/stds"]]
     np.testing.assert_allclose(got, arrays[f"{branch}/beta_batch128"], rtol=1e-9, atol=0)
 
 

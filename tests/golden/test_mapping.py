@@ -30,9 +30,7 @@ def test_every_case(arrays: dict[str, np.ndarray], branch: str, adjust: str) -> 
     cases = [name for name in arrays if name.startswith(f"{branch}/{adjust}/") and name.endswith("/r_f64")]
     assert len(cases) == 64
     for name in cases:
-        q, k, b, stage = (
-            float(v) for v in re.findall(r"/q([\d.]+)/k([\d.]+)_b([\d.]+)/stage(\d+)/", name)[0]
-        )
+        q, k, b, stage = (float(v) for v in re.findall(r"/q([\d.]+)/k([\d.]+)_b([\d.]+)/stage(\d+)/", name)[0])
         mapping = Constant() if adjust == "const" else Sigmoid(k, b)
         power = q ** (stage + 1)
         want = torch.from_numpy(arrays[name])

@@ -203,9 +203,7 @@ def test_config_rebuilds_the_network() -> None:
     net = small()
     again = SongUNet(**dataclasses.asdict(net.config))
     assert again.config == net.config
-    assert {k: v.shape for k, v in again.state_dict().items()} == {
-        k: v.shape for k, v in net.state_dict().items()
-    }
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
     with pytest.raises(dataclasses.FrozenInstanceError):
         net.config.dropout = 0.5  # type: ignore[misc]
 

@@ -58,12 +58,8 @@ def test_the_whole_run(arrays: dict[str, np.ndarray]) -> None:
     order = [str(name) for name in arrays["parameter_names"]]
     student = start(arrays)
     average, keep = student.clone(), ema.ConstantEMA(hyper["ema_beta"])
-    optimiser = torch.optim.RAdam(
-        student.parameters(), lr=hyper["lr"], betas=tuple(hyper["betas"]), eps=hyper["eps"]
-    )
-    objective = ECT(
-        mapping=Sigmoid(hyper["k"], hyper["b"]), penalty=Penalty("pseudo_huber", "dt", hyper["c"])
-    )
+    optimiser = torch.optim.RAdam(student.parameters(), lr=hyper["lr"], betas=tuple(hyper["betas"]), eps=hyper["eps"])
+    objective = ECT(mapping=Sigmoid(hyper["k"], hyper["b"]), penalty=Penalty("pseudo_huber", "dt", hyper["c"]))
     losses, norms = [], []
     for step, stage in enumerate(hyper["stages"]):
         x_0 = torch.from_numpy(arrays["images_u8"][step]).double() / 127.5 - 1

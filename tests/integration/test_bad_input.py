@@ -110,7 +110,7 @@ CASES = {
         'Invalid value "0" for --batch-size. Must be >= 1',
     ),
     "images": ("tune TEACHER --data digits --out OUT --images 0", 'Invalid value "0" for --images. Must be >= 1'),
-    "batch as a setting": ("tune TEACHER --data digits --out OUT --set batch_size=-1", "a batch of at least one"),
+    "batch as a setting": ("tune TEACHER --data digits --out OUT --set batch_size=-1", "A batch needs at least one image. Got: batch_size=-1"),
     "lr": (f"{DIGITS} --set optim.lr=-1", "The learning rate must be positive. Got: -1"),
     "times": (
         f"{DIGITS} --set student.sampler_times={{2: [0.8, 80]}}",
@@ -307,6 +307,8 @@ def test_resume_refuses_other_data(tiny_path: Path, places: dict[str, Path], tmp
     shutil.copytree(places["DATA"] / "grey", data)
     arguments = ["tune", tiny_path, "--data", data, "--out", tmp_path / "run", "--images", 8, "--batch-size", 4]
     assert main([*map(str, arguments), "-q", "--device", "cpu", "--set", "eval.samples=0"]) == 0
+    assert main(["resume", str(tmp_path / "run"), "-q"]) == 0, "a finished run is left as it is"
+    (tmp_path / "run/report.html").unlink()
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(data / "1.png")
     assert "The data is not what this run was started with" in refused("resume", tmp_path / "run")
     (tmp_path / "run/checkpoints/latest").unlink()

@@ -179,9 +179,7 @@ def test_grid_refuses_what_it_cannot_draw(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_saved_images_can_be_opened_again(tmp_path: Path, target: str, channels: int, labelled: bool) -> None:
-    u8 = torch.randint(
-        0, 256, (12, channels, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
-    )
+    u8 = torch.randint(0, 256, (12, channels, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     labels = np.arange(12)[::-1] if labelled else None
     path = save_images(tmp_path / target, u8, labels)
     source = open_source(str(path))
@@ -208,7 +206,5 @@ def test_an_earlier_save_is_replaced_but_never_mixed(tmp_path: Path) -> None:
 
 
 def test_labels_must_match_the_pictures(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"Pictures and labels differ in number\. Got: 2\. Wanted: 3 labels\."
-    ):
+    with pytest.raises(DataError, match=r"Pictures and labels differ in number\. Got: 2\. Wanted: 3 labels\."):
         save_images(tmp_path, torch.zeros(3, 1, 2, 2, dtype=torch.uint8), np.zeros(2))

@@ -78,9 +78,7 @@ EVERYTHING = Run(
         "text",
         {"a": [1, {"b": None}]},
     ),
-    ECT(
-        LogUniform(0.01, 50.0), Constant(), Continuous(4.0, 10, 99.0), Penalty("pseudo_huber", "snrpk", 0.06)
-    ),
+    ECT(LogUniform(0.01, 50.0), Constant(), Continuous(4.0, 10, 99.0), Penalty("pseudo_huber", "snrpk", 0.06)),
     DiscreteVP((0.9, 0.5, 0.1)),
 )
 
@@ -186,9 +184,7 @@ def test_numbers_as_yaml_reads_them() -> None:
 
 # ---------------------------------------------------------------------------------------- overrides
 def test_overrides_reach_in_and_leave_the_rest() -> None:
-    got = with_overrides(
-        Run(), {"objective.schedule.q": 4, "plan.count": 9, "objective.penalty.weight": "snrpk"}
-    )
+    got = with_overrides(Run(), {"objective.schedule.q": 4, "plan.count": 9, "objective.penalty.weight": "snrpk"})
     assert got.objective.schedule == Stages(q=4.0)
     assert got.plan == Plan(count=9)
     assert got.objective.penalty == Penalty("l2", "snrpk")

@@ -74,9 +74,7 @@ def test_pca_keeps_the_axes_of_largest_variance(n: int) -> None:
 def test_pca_hash_fixes_reference_and_size() -> None:
     x, y = images(10, side=4), images(10, side=4, seed=1)
     assert open_features("pca:2", reference=x).hash == open_features("pca:2", reference=x.clone()).hash
-    assert (
-        len({open_features(s, reference=r).hash for s, r in [("pca:2", x), ("pca:3", x), ("pca:2", y)]}) == 3
-    )
+    assert len({open_features(s, reference=r).hash for s, r in [("pca:2", x), ("pca:3", x), ("pca:2", y)]}) == 3
 
 
 def test_batches_do_not_matter() -> None:
@@ -108,9 +106,7 @@ def naive_mnist_features(image: np.ndarray, w: dict[str, np.ndarray]) -> np.ndar
         windows = np.lib.stride_tricks.sliding_window_view(x, (5, 5), axis=(1, 2))
         x = np.einsum("ihwab,oiab->ohw", windows, w[f"{layer}.weight"]) + w[f"{layer}.bias"][:, None, None]
         x = np.maximum(x, 0)
-        x = np.maximum(
-            np.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]), np.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2])
-        )
+        x = np.maximum(np.maximum(x[:, ::2, ::2], x[:, 1::2, ::2]), np.maximum(x[:, ::2, 1::2], x[:, 1::2, 1::2]))
     return np.maximum(w["fc1.weight"] @ x.reshape(-1) + w["fc1.bias"], 0)
 
 
@@ -285,13 +281,9 @@ def test_a_callable_by_its_import_path(user_module: str) -> None:
     for spec in (f"{user_module}:corners", f"module:{user_module}:corners"):
         net = open_features(spec, reference=x)
         assert (net.name, net.dim) == ("corners", 12)
-        np.testing.assert_allclose(
-            features_of(net, x), x.numpy()[:, :, ::7, ::7].reshape(5, 12) / 127.5 - 1, atol=1e-6
-        )
+        np.testing.assert_allclose(features_of(net, x), x.numpy()[:, :, ::7, ::7].reshape(5, 12) / 127.5 - 1, atol=1e-6)
     module = open_features(f"{user_module}:net", reference=x)
-    torch.testing.assert_close(
-        features_of(module, x), x.flatten(1) / 127.5 - 1
-    )  # evaluation mode: no dropout
+    torch.testing.assert_close(features_of(module, x), x.flatten(1) / 127.5 - 1)  # evaluation mode: no dropout
     assert module.hash != net.hash
     with pytest.raises(ConfigError, match=r"broken does not run on images of shape .*layer 3"):
         open_features(f"{user_module}:broken", reference=x)
@@ -334,9 +326,7 @@ def test_unusable_specs_are_one_clear_sentence(spec: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mnist-cnn", "mobilenet", "torchscript"])
-@pytest.mark.parametrize(
-    "content", [b"", b"not weights at all", b"PK\x03\x04 broken zip", b"\x93NUMPY\x01\x00"]
-)
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 broken zip", b"\x93NUMPY\x01\x00"])
 def test_damaged_weights_are_one_clear_sentence(tmp_path: Path, kind: str, content: bytes) -> None:
     path = tmp_path / "weights"
     path.write_bytes(content)

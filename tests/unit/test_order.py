@@ -24,9 +24,7 @@ def test_an_epoch_visits_every_image_exactly_once(seed: int, epoch: int, n: int)
     sizes=st.lists(st.integers(0, 90), max_size=8),
     n=st.integers(1, 60),
 )
-def test_any_partition_into_batches_gives_the_same_images(
-    seed: int, start: int, sizes: list[int], n: int
-) -> None:
+def test_any_partition_into_batches_gives_the_same_images(seed: int, start: int, sizes: list[int], n: int) -> None:
     offsets = np.cumsum([start, *sizes])
     batches = [indices_at(seed, int(at), size, n) for at, size in zip(offsets, sizes, strict=False)]
     joined = np.concatenate([np.empty(0, np.int64), *batches])
@@ -67,7 +65,5 @@ def test_no_images_give_no_indices() -> None:
 def test_impossible_ranges_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Got: n=0, epoch=0\. Wanted: n >= 1 and epoch >= 0\."):
         order(0, 0, 0)
-    with pytest.raises(
-        ConfigError, match=r"Got: start=-1, count=2, n=3\. Wanted: start >= 0, count >= 0, n >= 1\."
-    ):
+    with pytest.raises(ConfigError, match=r"Got: start=-1, count=2, n=3\. Wanted: start >= 0, count >= 0, n >= 1\."):
         indices_at(0, -1, 2, 3)

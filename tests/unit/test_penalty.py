@@ -34,9 +34,7 @@ def normal(*shape: int) -> Tensor:
     ],
 )
 def test_weights(weight: Weight, want: list[float]) -> None:
-    torch.testing.assert_close(
-        weigh(weight, T, GAP, 0.5), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(weigh(weight, T, GAP, 0.5), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_every_weight_has_its_formula_here() -> None:
@@ -83,12 +81,8 @@ def test_weight_times_distance() -> None:
 def test_limits_of_the_pseudo_huber_distance() -> None:
     delta = normal(4, 7)
     square = delta.square().sum(1)
-    torch.testing.assert_close(
-        Penalty("pseudo_huber", "one", 1e4).measure(delta), square / 2e4, rtol=1e-6, atol=0
-    )
-    torch.testing.assert_close(
-        Penalty("pseudo_huber", "one", 1e-8).measure(delta), square.sqrt(), rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(Penalty("pseudo_huber", "one", 1e4).measure(delta), square / 2e4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(Penalty("pseudo_huber", "one", 1e-8).measure(delta), square.sqrt(), rtol=1e-7, atol=0)
 
 
 def test_small_gaps_keep_their_digits_in_float32() -> None:

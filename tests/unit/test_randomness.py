@@ -58,18 +58,12 @@ def test_a_row_depends_on_seed_stream_and_index_alone() -> None:
 
 def test_a_shape_is_the_beginning_of_a_larger_one() -> None:
     streams, index = Streams(3), torch.arange(4)
-    assert torch.equal(
-        streams.normal("noise", index, (5,)), streams.normal("noise", index, (3, 3)).flatten(1)[:, :5]
-    )
+    assert torch.equal(streams.normal("noise", index, (5,)), streams.normal("noise", index, (3, 3)).flatten(1)[:, :5])
 
 
 def test_streams_seeds_and_indices_never_meet() -> None:
     index = torch.cat((torch.arange(20), 2**32 + torch.arange(20)))  # both halves of a 64-bit index count
-    draws = [
-        Streams(seed).words(name, index, 8)
-        for seed in (0, 1, 2)
-        for name in ("times", "noise", "sample/latent")
-    ]
+    draws = [Streams(seed).words(name, index, 8) for seed in (0, 1, 2) for name in ("times", "noise", "sample/latent")]
     flat = torch.cat(draws).reshape(-1, 4)
     blocks = {tuple(row) for row in flat.tolist()}
     assert len(blocks) == len(flat) == 3 * 3 * 40 * 2
@@ -129,9 +123,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Linear(5, 32), nn.Dropout(0.3), nn.Tanh(), nn.Linear(32, 8), nn.Dropout(0.5)
-        )
+        self.layers = nn.Sequential(nn.Linear(5, 32), nn.Dropout(0.3), nn.Tanh(), nn.Linear(32, 8), nn.Dropout(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -295,9 +287,7 @@ def test_dropout_inside_torchs_multihead_attention_is_refused(need_weights: bool
         attention(x, x, x, need_weights=need_weights)
 
 
-@pytest.mark.parametrize(
-    "function", [F.alpha_dropout, F.feature_alpha_dropout], ids=["alpha", "feature_alpha"]
-)
+@pytest.mark.parametrize("function", [F.alpha_dropout, F.feature_alpha_dropout], ids=["alpha", "feature_alpha"])
 def test_dropouts_that_are_not_masks_are_refused(function: object) -> None:
     with pytest.raises(ConfigError, match="cannot be shared"), tape().record():
         function(torch.randn(6, 4, 8), 0.2, True)  # type: ignore[operator]

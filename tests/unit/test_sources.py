@@ -194,13 +194,9 @@ def test_settings_are_checked() -> None:
         DataError, match=r"cannot be resized to this\. Got: 0\. Wanted: a whole number of pixels, 1 to 8192\."
     ):
         open_source("digits", resize=0)
-    with pytest.raises(
-        DataError, match=r"There is no split 'tset'\. Did you mean 'test'\? Known: train, test\."
-    ):
+    with pytest.raises(DataError, match=r"There is no split 'tset'\. Did you mean 'test'\? Known: train, test\."):
         open_source("digits", split="tset")
-    with pytest.raises(
-        DataError, match=r"'gaussians8' holds points, not images\. Leave out --resize and --channels\."
-    ):
+    with pytest.raises(DataError, match=r"'gaussians8' holds points, not images\. Leave out --resize and --channels\."):
         open_source("gaussians8", resize=4)
 
 
@@ -334,10 +330,7 @@ def test_every_png_kind_is_understood(tmp_path: Path) -> None:
         assert source.shape == (channels, 4, 4), name
         seen[name] = everything(source)[0]
     alpha = rgba[..., 3:] / 255
-    assert (
-        np.abs(seen["rgba"].transpose(1, 2, 0) - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max()
-        <= 0.5 + 1e-9
-    )
+    assert np.abs(seen["rgba"].transpose(1, 2, 0) - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 0.5 + 1e-9
     assert np.array_equal(seen["words"][0], (words >> 8).astype(np.uint8))
     assert set(np.unique(seen["bits"])) == {0, 255}
     assert np.array_equal(seen["palette"].transpose(1, 2, 0), np.asarray(palette.convert("RGB")))
@@ -345,9 +338,7 @@ def test_every_png_kind_is_understood(tmp_path: Path) -> None:
 
 @containers
 def test_mixed_sizes_name_two_files_and_the_remedy(tmp_path: Path, make: Make) -> None:
-    path = make(
-        tmp_path, {"a.png": png(noise(0, 4, 6)), "b.png": png(noise(0, 4, 6)), "c.png": png(noise(0, 5, 3))}
-    )
+    path = make(tmp_path, {"a.png": png(noise(0, 4, 6)), "b.png": png(noise(0, 4, 6)), "c.png": png(noise(0, 5, 3))})
     message = (
         r"The images differ in size\. Got: 'c\.png' is 3x5, 'a\.png' is 6x4 \(width x height\)\. "
         r"Give one size to all: --resize N\."
@@ -371,9 +362,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, make: Make, in_memory_bytes: i
     ):
         everything(opener(path, View(), in_memory_bytes=in_memory_bytes))
     path = make(tmp_path, {"good.png": whole, "sub/bad.png": b"hello"})
-    with pytest.raises(
-        DataError, match=r"'sub/bad\.png' in '.*' cannot be read: it is no image of a known kind\."
-    ):
+    with pytest.raises(DataError, match=r"'sub/bad\.png' in '.*' cannot be read: it is no image of a known kind\."):
         open_source(path)
 
 
@@ -433,17 +422,13 @@ def test_decoding_on_demand_equals_decoding_at_once(tmp_path: Path, make: Make, 
 
 @containers
 @pytest.mark.parametrize("in_memory_bytes", [0, 2**20])
-def test_the_fingerprint_follows_data_labels_and_settings(
-    tmp_path: Path, make: Make, in_memory_bytes: int
-) -> None:
+def test_the_fingerprint_follows_data_labels_and_settings(tmp_path: Path, make: Make, in_memory_bytes: int) -> None:
     opener = folder if make is make_folder else zipped
     image, other = png(noise(0, 6, 6)), png(noise(1, 6, 6))
     files = {"a/0.png": image, "b/1.png": image}
 
     def fingerprint(view: View, changed: dict[str, bytes] | None = None) -> str:
-        return opener(
-            make(tmp_path, files | (changed or {})), view, in_memory_bytes=in_memory_bytes
-        ).fingerprint
+        return opener(make(tmp_path, files | (changed or {})), view, in_memory_bytes=in_memory_bytes).fingerprint
 
     path = make(tmp_path, files)
     again = [opener(path, View(), in_memory_bytes=in_memory_bytes).fingerprint for _ in range(2)]
@@ -457,9 +442,7 @@ def test_the_fingerprint_follows_data_labels_and_settings(
     ]
     variants.append(fingerprint(View(), {"b/1.png": other}))
     variants.append(
-        fingerprint(
-            View(), {"b/1.png": image, "dataset.json": b'{"labels": [["a/0.png", 1], ["b/1.png", 0]]}'}
-        )
+        fingerprint(View(), {"b/1.png": image, "dataset.json": b'{"labels": [["a/0.png", 1], ["b/1.png", 0]]}'})
     )
     assert len(set(variants)) == len(variants)
 
@@ -588,7 +571,5 @@ def test_a_damaged_npz_is_explained(tmp_path: Path) -> None:
         open_source(str(tmp_path / "bad.npz"))
     content = Path(make_npz(tmp_path, x=noise(0, 9, 9, 9))).read_bytes()
     (tmp_path / "bad.npz").write_bytes(content[:200] + bytes(8) + content[208:])
-    with pytest.raises(
-        DataError, match=r"The npz '.*bad\.npz' cannot be read: Bad CRC-32 for file 'x\.npy'\."
-    ):
+    with pytest.raises(DataError, match=r"The npz '.*bad\.npz' cannot be read: Bad CRC-32 for file 'x\.npy'\."):
         open_source(str(tmp_path / "bad.npz"))

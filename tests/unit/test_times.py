@@ -54,9 +54,7 @@ def seen(images: int) -> Progress:
     st.integers(0, 10**9),
     st.lists(st.floats(1e-9, 1 - 1e-9), min_size=1, max_size=20),
 )
-def test_r_lies_below_t_always(
-    law: Law, mapping: Mapping, schedule: Schedule, images: int, u: list[float]
-) -> None:
+def test_r_lies_below_t_always(law: Law, mapping: Mapping, schedule: Schedule, images: int, u: list[float]) -> None:
     """G2: 0 <= r < t for every law, mapping, schedule and moment, and t - r is not a difference."""
     t = draw(law, torch.tensor(u, dtype=torch.float64))
     assert t.dtype == torch.float64 and (t > 0).all() and t.isfinite().all()
@@ -203,9 +201,7 @@ def test_endless_stages_stop_at_what_float_resolves() -> None:
 
 def test_continuous_schedule() -> None:
     schedule = Continuous(q=2.0, images=100, limit=256.0)
-    assert [schedule.ratio(seen(i)) for i in (0, 50, 100, 700, 10**6)] == pytest.approx(
-        [2, 2**1.5, 4, 256, 256]
-    )
+    assert [schedule.ratio(seen(i)) for i in (0, 50, 100, 700, 10**6)] == pytest.approx([2, 2**1.5, 4, 256, 256])
     assert [schedule.stage(seen(i)) for i in (0, 99, 100, 700, 10**6)] == [0, 0, 1, 7, 7]
 
 

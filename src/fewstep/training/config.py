@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ class DataConfig:
     label_drop: float = 0.0
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.label_drop <= 1, "data.label_drop must lie in [0, 1]", self.label_drop)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -48,6 +52,10 @@ class ModelConfig:
     sigma_data: float = 0.5
     sigma_max: float = 80.0
 
+    def __post_init__(self) -> None:
+        _require(0 < self.sigma_data < math.inf, "model.sigma_data must be positive", self.sigma_data)
+        _require(0 < self.sigma_max < math.inf, "model.sigma_max must be positive", self.sigma_max)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
@@ -64,6 +72,12 @@ class StudentConfig:
     dropout_max_resolution: int | None = None
     boundary_shift: float = 0.0
     sampler_times: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.dropout is None or 0 <= self.dropout < 1, "student.dropout must lie in [0, 1)", self.dropout)
+        _require(
+            0 <= self.boundary_shift < math.inf, "student.boundary_shift must not be negative", self.boundary_shift
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +109,17 @@ class OptimConfig:
     guard: Literal["stop", "zero"] = "stop"
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ConfigError("The learning rate must be positive", got=self.lr)
+        _require(0 < self.lr < math.inf, "The learning rate must be positive", self.lr)
+        _require(all(0 <= b < 1 for b in self.betas), "optim.betas must lie in [0, 1)", self.betas)
+        _require(0 < self.eps < math.inf, "optim.eps must be positive", self.eps)
+        _require(self.weight_decay >= 0, "optim.weight_decay must not be negative", self.weight_decay)
+        _require(self.clip is None or self.clip > 0, "optim.clip must be positive (or null for none)", self.clip)
+        _require(
+            self.decay_images >= 1 and 0 < self.decay_share <= 1,
+            "The decay of the learning rate must cover some images",
+            (self.decay_images, self.decay_share),
+        )
+        _require(self.warmup_images >= 0, "optim.warmup_images must not be negative", self.warmup_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +199,13 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.images < 1:
-            raise ConfigError(
-                "A run needs at least one image and a batch of at least one", got=(self.images, self.batch_size)
-            )
+        _require(self.images >= 1, "A run needs at least one training image", f"images={self.images}")
+        _require(self.batch_size >= 1, "A batch needs at least one image", f"batch_size={self.batch_size}")
+        _require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            "micro_batch must be at least 1 (or null for the whole batch)",
+            self.micro_batch,
+        )
         if not self.emas:
             raise ConfigError(
                 "A run needs at least one moving average", got="emas: []", do="Set emas: [{kind: constant, beta: 0}]"
@@ -189,3 +215,8 @@ class RunConfig:
     def steps(self) -> int:
         """Optimiser steps: whole batches that cover ``images``."""
         return -(-self.images // self.batch_size)
+
+
+def _require(condition: bool, what: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(what, got=got)

@@ -134,8 +134,8 @@ class Trainer:
         if bad > 0:
             raise NonFiniteError(
                 f"The loss or its gradient stopped being finite before image {self.images_seen}",
-                do="The last good checkpoint is kept. Try a lower optim.lr, optim.clip=1, a larger objective.penalty.c, "
-                "or --set precision=fp32, then: fewstep resume RUN, or start again",
+                do="The last good checkpoint is kept. Try a lower optim.lr, optim.clip=1, a larger "
+                "objective.penalty.c or --set precision=fp32, then: fewstep resume RUN, or start again",
             )
         steps = max(self.summed_steps, 1)
         self.sums.zero_()

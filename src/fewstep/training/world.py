@@ -89,6 +89,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"'{name}' is not a device", want="cpu, cuda, cuda:1 or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"Runs on '{device.type}' are not supported", want="cpu, cuda, cuda:1 or auto")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("No CUDA device is available here", got=name, do="Use --device cpu")
