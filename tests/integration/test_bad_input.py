@@ -110,7 +110,10 @@ CASES = {
         'Invalid value "0" for --batch-size. Must be >= 1',
     ),
     "images": ("tune TEACHER --data digits --out OUT --images 0", 'Invalid value "0" for --images. Must be >= 1'),
-    "batch as a setting": ("tune TEACHER --data digits --out OUT --set batch_size=-1", "A batch needs at least one image. Got: batch_size=-1"),
+    "batch as a setting": (
+        "tune TEACHER --data digits --out OUT --set batch_size=-1",
+        "A batch needs at least one image. Got: batch_size=-1",
+    ),
     "lr": (f"{DIGITS} --set optim.lr=-1", "The learning rate must be positive. Got: -1"),
     "times": (
         f"{DIGITS} --set student.sampler_times={{2: [0.8, 80]}}",
