@@ -30,7 +30,7 @@ from fewstep.recipes import recipe as named_recipe
 from fewstep.sampling import check_times
 from fewstep.training.config import DataConfig, RunConfig
 from fewstep.training.finish import finish
-from fewstep.training.loop import Watcher, train
+from fewstep.training.loop import Watcher, stopping_at_once, train
 from fewstep.training.state import restore_state
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import World
@@ -375,5 +375,6 @@ def _finish(trainer: Trainer, teacher: Denoiser | None, out: Path, watcher: Watc
     watcher = watcher or Watcher()
     train(trainer, out, watcher)
     trainer.world.wait()  # the others leave now: an evaluation may take longer than a collective operation waits
-    results = finish(trainer, teacher, out, watcher, command) if trainer.world.leads else None
+    with stopping_at_once(out):
+        results = finish(trainer, teacher, out, watcher, command) if trainer.world.leads else None
     return Run(out, trainer.config, results)

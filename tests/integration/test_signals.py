@@ -55,6 +55,33 @@ def test_the_state_of_that_step_is_saved(
     same_bits(run, whole)
 
 
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_the_closing_evaluation_can_be_stopped(
+    number: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    call: Callable[..., str],
+    tune_arguments: Callable[..., list[str]],
+    settings: dict[str, Any],
+    whole: Path,
+    same_bits: Callable[[Path, Path], None],
+) -> None:
+    run = tmp_path / "run"
+    script = f"""
+import os, sys
+from fewstep.cli import main
+from fewstep.training import finish
+finish.write_report = lambda *arguments: os.kill(os.getpid(), {int(number)})
+sys.exit(main(sys.argv[1:]))
+"""
+    err = call(*tune_arguments(run, settings), script=script, code=code)
+    assert f"Stopped during the closing evaluation; the training is saved. Run: fewstep resume {run}." in err
+    assert not (run / "report.html").exists()
+    fewstep.resume(run, device="cpu")
+    assert (run / "report.html").is_file()
+    same_bits(run, whole)
+
+
 def test_from_outside(
     tmp_path: Path,
     launch: Callable[..., subprocess.Popen[str]],

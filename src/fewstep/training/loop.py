@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -178,13 +179,34 @@ def _stopped(number: int | None, run: Path, seen: int) -> FewstepError:
 @contextmanager
 def _main_thread_signals() -> Iterator[StopSignal]:
     """Signal handlers can only be set in the main thread; elsewhere the signals stay as they are."""
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         yield StopSignal()
         return
     with StopSignal() as stop:
         yield stop
+
+
+@contextmanager
+def stopping_at_once(run: Path) -> Iterator[None]:
+    """While a finished training is evaluated, SIGINT and SIGTERM raise what their exit codes need.
+
+    Raises:
+        Interrupted, Preempted: ``resume`` repeats the evaluation alone.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        kind = Interrupted if number == signal.SIGINT else Preempted
+        raise kind("Stopped during the closing evaluation; the training is saved", do=f"Run: fewstep resume {run}")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def peak_memory(device: torch.device) -> int:
