@@ -67,6 +67,26 @@ class ECT:
         r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
         rows = torch.from_numpy(r.numpy().nonzero()[0])
         t, r, gap = (to_device(v, x_0) for v in (t, r, gap))
+        return self.loss_between(student, x_0, eps, t, r, gap, rows.to(x_0.device, non_blocking=True), cond, tape)
+
+    def loss_between(
+        self,
+        student: Denoiser,
+        x_0: Samples,
+        eps: Samples,
+        t: Tensor,
+        r: Tensor,
+        gap: Tensor,
+        rows: Tensor,
+        cond: Tensor | None = None,
+        tape: DropoutTape | None = None,
+    ) -> PerSample:
+        """The loss once the times are known, all on the device; ``torch.compile`` makes one graph of it.
+
+        Args:
+            t, r, gap: ``[b]``, with ``gap = t - r``.
+            rows: which rows have r > 0, int64; only they enter the network a second time.
+        """
         student_out = _pass(student, x_0, eps, t, cond, tape and tape.record())
         target = target_of(student, x_0, eps, r, rows, cond, tape)
         return self.penalty(student_out - target, t, gap, student.sigma_data)
@@ -87,12 +107,11 @@ def target_of(
     cond: Tensor | None,
     tape: DropoutTape | None,
 ) -> Samples:
-    """``sg f(x_0 + r eps, r)`` on ``rows`` (those with r > 0, int64 on the host), x_0 elsewhere."""
+    """``sg f(x_0 + r eps, r)`` on ``rows`` (those with r > 0, int64), x_0 elsewhere."""
     if len(rows) == 0:
         return x_0
     if len(rows) == len(x_0):
         return _pass(student, x_0, eps, r, cond, tape and tape.replay())
-    rows = rows.to(x_0.device, non_blocking=True)
     some_cond = None if cond is None else cond[rows]
     out = _pass(student, x_0[rows], eps[rows], r[rows], some_cond, tape and tape.replay(rows))
     return x_0.index_copy(0, rows, out)
