@@ -75,6 +75,6 @@ def teacher() -> Denoiser:
         time=lambda index: index / 1000,
         sample_shape=(1, 28, 28),
         sigma_data=0.31,
-        sigma_max=20.0,
+        sigma_max=10.0,
         value_range=(-0.5, 0.5),
     )

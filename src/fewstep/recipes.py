@@ -95,10 +95,10 @@ def _demo(teacher: bool) -> RunConfig:
     return RunConfig(
         recipe="demo",
         note="measured by `make demo` (docs/demo.md)",
-        images=160_000,
+        images=140_000,
         batch_size=128,
         objective=ECT(
-            schedule=Stages(q=2.0, images=28_000, first=1, last=4),
+            schedule=Stages(q=2.0, images=25_000, first=1, last=4),
             penalty=Penalty("pseudo_huber", "dt", c=0.03),
         ),
         optim=OptimConfig(name="radam", lr=5e-4, schedule="linear", decay_share=0.4),
