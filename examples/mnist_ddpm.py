@@ -4,7 +4,7 @@ The weights are ``ddpm_cnn_mnist_yichizz.safetensors`` (Yichizz/hot_vs_cold_diff
 file, or name them in the environment variable MNIST_DDPM. Then:
 
     fewstep sample examples/mnist_ddpm.py:teacher --sampler ode --steps 35 -n 64 --out teacher.png
-    fewstep tune   examples/mnist_ddpm.py:teacher --data mnist.npz --recipe mnist-ddpm --out mnist-run
+    fewstep tune   examples/mnist_ddpm.py:teacher --config examples/mnist_ddpm.yaml --data mnist.npz --out mnist-run
     fewstep eval   mnist-run --network examples/mnist_ddpm.py:teacher --data mnist.npz --features mnist-cnn:CNN
 """
 

@@ -74,7 +74,9 @@ def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:
         ConfigError: a path does not exist (with the nearest match) or a value has the wrong type.
     """
     data = to_dict(config)
-    for path, value in overrides.items():
+    kinds_first = sorted(overrides, key=lambda path: (not path.endswith("kind"), path.count(".")))
+    for path in kinds_first:
+        value = overrides[path]
         *parents, last = path.split(".")
         node = data
         for depth, name in enumerate(parents, start=1):

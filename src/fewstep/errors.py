@@ -62,22 +62,6 @@ class NonFiniteError(FewstepError):
     """The loss or the gradient stopped being finite."""
 
 
-class MissingExtra(FewstepError):
-    """An optional package is needed; the message carries the pip line.
-
-    Args:
-        package: the package that is missing.
-        extra: the fewstep extra that brings it.
-        purpose: what it is needed for.
-    """
-
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed",
-            do=f"Run: pip install 'fewstep[{extra}]'",
-        )
-
-
 class Interrupted(FewstepError):
     """The run was stopped by Ctrl-C (SIGINT) after its state was saved."""
 

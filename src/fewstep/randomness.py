@@ -102,7 +102,8 @@ class DropoutTape(TorchFunctionMode):
     network uses a mask that depends on (seed, image index, position of the call) alone. Inside
     ``with tape.replay(rows):`` the same calls get the same masks, restricted to ``rows``: this is the
     shared dropout mask of ECT (math.md 2.3, invariant G4), without saving or restoring the state of any
-    generator, on every device.
+    generator, on every device. Dropout under activation checkpointing is refused (``use_reentrant=False``; the
+    reentrant kind cannot be seen from here and must not be used).
 
     Args:
         streams: the run's streams.
@@ -168,6 +169,7 @@ class DropoutTape(TorchFunctionMode):
     def _mask(self, shape: tuple[int, ...], p: float) -> Tensor:
         self._call += 1
         if self._recording:
+            _refuse_recomputation()
             self._masks.append(self._draw(tuple(shape), p))
             return self._masks[-1]
         if self._call > len(self._masks):
@@ -191,6 +193,18 @@ class DropoutTape(TorchFunctionMode):
         words = _words(self._key, self._index, -(-count // 2), lane=self._call)
         halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, -1)[:, :count]
         return (halves >= _levels(p)).reshape(shape)
+
+
+def _refuse_recomputation() -> None:
+    """Activation checkpointing draws dropout again in backward, outside of the tape: another mask, a wrong gradient."""
+    if torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        raise ConfigError(
+            "The network recomputes dropout in its backward pass, where it would draw another mask",
+            do="Turn its activation checkpointing off, or its dropout: --set student.dropout=0",
+        )
 
 
 def _levels(p: float) -> int:

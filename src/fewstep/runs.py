@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fewstep.backbones import build
 from fewstep.checkpoint.model import load
 from fewstep.checkpoint.store import write_text
 from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
-from fewstep.data import Source, open_source
+from fewstep.data import SOURCES, Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
 from fewstep.evaluation.features import PCA_ROWS, open_features
@@ -48,13 +47,13 @@ class Run:
     results: dict[str, Any] | None = None
 
     def model(self, *, weights: str = "ema", network: Denoiser | None = None) -> Denoiser:
-        """The few-step model."""
+        """The few-step model, on the EDM clock: its ``t`` is the noise level, whatever the teacher's time was."""
         return load(self.path, weights=weights, network=network)
 
 
 def tune(
     teacher: Denoiser | str | Path,
-    data: Source | str,
+    data: Source | str | Path,
     *,
     out: str | Path,
     recipe: str | None = None,
@@ -81,17 +80,17 @@ def tune(
             state was saved.
     """
     config = configure("tune", recipe, objective, overrides, data)
-    named = IN_MEMORY if isinstance(teacher, Denoiser) else str(teacher)
+    named = IN_MEMORY if isinstance(teacher, Denoiser) else _absolute(teacher)
     config = replace(config, teacher=config.teacher or named)
     with joined(device) as world:
         model = teacher if isinstance(teacher, Denoiser) else load(teacher)
-        source = data if not isinstance(data, str) else open_data(config.data)
+        source = open_data(config.data) if isinstance(data, str | Path) else data
         check_fit(model, source)
         return _run(config, make_student(model, config), model, source, world, Path(out), watcher, command)
 
 
 def pretrain(
-    data: Source | str,
+    data: Source | str | Path,
     *,
     out: str | Path,
     recipe: str | None = None,
@@ -103,7 +102,7 @@ def pretrain(
     """Train a small diffusion model from scratch, to tune it afterwards; arguments as :func:`tune`."""
     config = configure("pretrain", recipe, None, overrides, data)
     with joined(device) as world:
-        source = data if not isinstance(data, str) else open_data(config.data)
+        source = open_data(config.data) if isinstance(data, str | Path) else data
         student = new_network(config, source)
         return _run(config, student, None, source, world, Path(out), watcher, command)
 
@@ -135,22 +134,30 @@ def resume(
         if config.job == "pretrain":
             student = new_network(config, source)
         else:
-            if teacher is None and config.teacher == IN_MEMORY:
-                raise CheckpointError(
-                    f"'{path}' was tuned from a teacher that was given {IN_MEMORY}",
-                    do="Give it again: resume(run, teacher=denoiser), or on the command line "
-                    "--network file.py:function",
-                )
-            teacher = teacher if teacher is not None else load(config.teacher)
-            student = make_student(teacher, config)
+            teacher = teacher if teacher is not None else teacher_again(config, path)
+            student = make_student(teacher if teacher is not None else load(path, weights="student"), config)
         check_fit(student, source)
         trainer = Trainer(config, student.to(world.device), source, world)
         restore_state(trainer, path)
         return _finish(trainer, teacher, path, watcher, command)
 
 
+def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
+    """The teacher of an unfinished run; None if it is gone, which costs its rows in the closing table only.
+
+    Raises:
+        CheckpointError: it was a network of the user's own, which the run directory cannot contain.
+    """
+    if config.teacher == IN_MEMORY or ".py:" in config.teacher:
+        raise CheckpointError(
+            f"'{run}' was tuned from a network of your own ({config.teacher})",
+            do=f"Give it again: fewstep resume {run} --network file.py:function, or resume(run, teacher=denoiser)",
+        )
+    return load(config.teacher) if Path(config.teacher).is_dir() else None
+
+
 def configure(
-    job: str, recipe: str | None, objective: str | None, overrides: Mapping[str, Any] | None, data: Source | str
+    job: str, recipe: str | None, objective: str | None, overrides: Mapping[str, Any] | None, data: Source | str | Path
 ) -> RunConfig:
     """The whole configuration of a run: recipe, then objective, then overrides."""
     config = named_recipe(recipe) if recipe is not None else default_recipe(job)
@@ -166,8 +173,14 @@ def configure(
     config = with_overrides(config, overrides or {})
     if config.job != job:
         raise ConfigError(f"These settings are for a run to {config.job}", got=f"job: {config.job}", want=f"job: {job}")
-    name = data if isinstance(data, str) else data.name
+    name = _absolute(data) if isinstance(data, str | Path) else data.name
     return replace(config, data=replace(config.data, source=name))
+
+
+def _absolute(path: str | Path) -> str:
+    """A path that still holds when the run is resumed from another folder; names of sources stay names."""
+    name = str(path)
+    return str(Path(name).expanduser().resolve()) if name not in SOURCES and Path(name).expanduser().exists() else name
 
 
 def open_data(config: DataConfig) -> Source:
@@ -231,9 +244,9 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
 
 def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
     """An independent copy of the teacher, prepared as the configuration asks."""
-    student = teacher.clone().requires_grad_(True)
-    for parameter in unused_parameters(student):
-        parameter.requires_grad_(False)
+    student = teacher.clone()
+    if not any(p.requires_grad for p in student.parameters()):
+        student.requires_grad_(True)
     if config.student.boundary_shift:
         shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
         student = student.with_parametrization(shifted)
@@ -260,13 +273,6 @@ def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[floa
     return found
 
 
-def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
-    """Parameters that take no part without augmentation labels (EDM's ``map_augment``)."""
-    augment = getattr(student.backbone, "map_augment", None)
-    if augment is not None:
-        yield from augment.parameters()
-
-
 def check_fit(model: Denoiser, source: Source) -> None:
     """Refuse data whose shape or labels do not fit the model.
 
@@ -274,11 +280,11 @@ def check_fit(model: Denoiser, source: Source) -> None:
         DataError: with both shapes and the remedy.
     """
     check_shape(model, source)
-    if model.num_classes and source.num_classes != model.num_classes:
+    if model.num_classes and not 1 <= source.num_classes <= model.num_classes:
         raise DataError(
             f"The labels of '{source.name}' do not fit the class-conditional model",
             got=f"{source.num_classes} classes" if source.num_classes else "no labels",
-            want=f"{model.num_classes} classes",
+            want=f"labels of at most {model.num_classes} classes",
         )
 
 

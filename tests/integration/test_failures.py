@@ -81,7 +81,7 @@ def test_a_learning_rate_that_explodes(
 
 
 @pytest.mark.parametrize("objective", ["ect", "diffusion"])
-@pytest.mark.parametrize("guard", ["stop", "zero"])
+@pytest.mark.parametrize("guard", ["stop", "clamp", "zero"])
 def test_a_network_that_breaks(guard: str, objective: str, tmp_path: Path, settings: dict[str, Any]) -> None:
     """20 steps pass; at image 320 the checkpoint is good, at 336 the loss is NaN, at 360 the log finds it."""
     run, passes = tmp_path / "run", 20 if objective == "diffusion" else 40

@@ -248,8 +248,8 @@ class SongUNet(nn.Module):
         if self.map_label is not None:
             classes = emb.new_zeros(len(emb), self.config.label_dim) if cond is None else cond.to(dtype)
             if self.training and self.config.label_dropout > 0:
-                keep = torch.rand(len(emb), 1, device=emb.device) >= self.config.label_dropout
-                classes = classes * keep.to(dtype)
+                drawn = F.dropout(classes.new_ones(len(emb), 1), self.config.label_dropout, True)
+                classes = classes * (drawn > 0).to(dtype)  # through F.dropout, so that a DropoutTape draws it
             emb = emb + self.map_label(classes * math.sqrt(self.config.label_dim))
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(dtype))

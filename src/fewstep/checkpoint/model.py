@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fewstep.backbones import build
+from fewstep.checkpoint.averages import rebuild_average
 from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
 from fewstep.config import from_dict, to_dict
 from fewstep.denoiser import Denoiser, Parametrization, load_weights
 from fewstep.errors import CheckpointError
-from fewstep.process import EDM, AnyProcess
+from fewstep.process import AnyProcess
 
 KIND = "fewstep-model"
 
@@ -95,7 +96,8 @@ def load(
 
     Args:
         path: the directory; of a run, its finished ``model/`` or else its latest checkpoint is taken.
-        weights: "ema" (the first average), "ema-K" (the K-th) or "student"; the latter two from a run only.
+        weights: "ema" (the first average); of a run also "ema-K" (the K-th), "student", or "std=0.075": the
+            power-function average of that width, rebuilt from the run's snapshots.
         device: where to put it; default: CPU.
         network: your own module again (``Denoiser.from_module(...)``) for runs that were tuned from one.
 
@@ -109,6 +111,8 @@ def load(
         if weights != "ema":
             raise CheckpointError(f"'{root}' holds one set of weights only", got=weights, do="Leave weights='ema'")
         denoiser = load_model(root, network)
+    elif weights.startswith("std="):
+        denoiser = _from_averages(root, weights, network)
     elif weights == "ema" and (root / "model" / "config.json").is_file():
         denoiser = load_model(root / "model", network)
     elif (root / "checkpoints").is_dir():
@@ -148,6 +152,17 @@ def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Deno
     return denoiser
 
 
+def _from_averages(run: Path, weights: str, network: Denoiser | None) -> Denoiser:
+    try:
+        std = float(weights.removeprefix("std="))
+    except ValueError as error:
+        raise CheckpointError("The width of an average is not a number", got=weights, want="std=0.075") from error
+    path = latest_checkpoint(run)
+    denoiser = rebuild(read_json(path / "model.json", KIND), str(path), network)
+    load_weights(denoiser.backbone, rebuild_average(run, std), f"{run / 'averages'}")
+    return denoiser
+
+
 def _not_a_model(path: Path) -> CheckpointError:
     if path.suffix in (".pkl", ".pt") and path.is_file():
         return CheckpointError(
@@ -155,8 +170,3 @@ def _not_a_model(path: Path) -> CheckpointError:
         )
     what = "does not exist" if not path.exists() else "is not a model, a run or a converted checkpoint"
     return CheckpointError(f"'{path}' {what}", want="a directory with config.json, model/ or checkpoints/")
-
-
-def as_edm(denoiser: Denoiser) -> Denoiser:
-    """The same network on the EDM clock, under which everything is tuned and sampled."""
-    return denoiser.under(EDM())

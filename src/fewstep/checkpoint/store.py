@@ -87,7 +87,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file (inside :func:`new_directory`, which makes it atomic)."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        shared = tensor.untyped_storage().data_ptr() in seen  # tied weights: safetensors wants separate memory
+        seen.add(tensor.untyped_storage().data_ptr())
+        plain[name] = tensor.clone() if shared else tensor
+    save_file(plain, path)
     path.chmod(0o644)  # safetensors keeps its files to their owner
 
 

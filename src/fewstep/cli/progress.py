@@ -12,8 +12,10 @@ from rich.table import Column
 from rich.text import Text
 
 from fewstep.cli.options import Output
+from fewstep.objectives import ECT
 from fewstep.training.loop import Watcher
 from fewstep.training.trainer import StepReport, Trainer
+from fewstep.types import Progress as Clock
 
 WIDE = 120
 """Columns of a terminal that show everything."""
@@ -61,6 +63,9 @@ class Live(Watcher):
             f"{verb} {parameters / 1e6:.2f} M parameters on {trainer.source.name} ({len(trainer.source):,} samples), "
             f"{trainer.config.images:,} images, recipe {trainer.config.recipe}, on {trainer.world.device}. Run: {run}"
         )
+        caution = _caution(trainer)
+        if caution:
+            self._out.say(caution)
         if trainer.images_seen:
             self._out.say(f"Continuing at image {trainer.images_seen:,}.")
         if self._out.console.is_terminal:
@@ -113,3 +118,14 @@ def _numbers(row: dict[str, Any], narrow: bool = False) -> str:
     if "images_per_second" in row:
         parts.append(f"{row['images_per_second']:.0f}{'/s' if narrow else ' images/s'}")
     return (" " if narrow else "  ").join(parts)
+
+
+def _caution(trainer: Trainer) -> str | None:
+    """bf16 cannot tell student and target apart once the pairs are tight."""
+    config = trainer.config
+    if config.precision != "bf16" or not isinstance(config.objective, ECT):
+        return None
+    ratio = config.objective.schedule.ratio(Clock(config.images, config.images))
+    if ratio < 64:
+        return None
+    return f"Caution: bf16 is too coarse for pairs as tight as q^a = {ratio:g}; prefer precision=tf32 or fp32."

@@ -22,7 +22,7 @@ def resume(
 ) -> int:
     """Continue a run from its newest checkpoint.
 
-    On a CPU the result has the same bits as if the run had never stopped. A finished run is evaluated again.
+    On a CPU the result has the same bits as if the run had never stopped. A finished run is shown again.
 
     For example:
 

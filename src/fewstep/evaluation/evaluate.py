@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data import Source, decode
+from fewstep.data import Source, decode, open_source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.features import (
@@ -81,7 +82,7 @@ def open_reference(
 
 def evaluate(
     denoiser: Denoiser,
-    data: Source | Reference,
+    data: Source | Reference | str | Path,
     *,
     steps: Sequence[int] = (1, 2, 4, 8),
     solver: str = "consistency",
@@ -96,7 +97,7 @@ def evaluate(
 
     Args:
         denoiser: the model.
-        data: a source, or a :func:`open_reference` of one.
+        data: a source, its spec ("digits", a folder, a zip, an npz), or a :func:`open_reference`.
         steps: numbers of network evaluations.
         solver: "consistency" (few-step sampler) or "ode" (EDM's Heun; Euler where the count is even).
         metrics: of "fd", "kid", "sw2", "precision", "recall".
@@ -119,6 +120,7 @@ def evaluate(
         raise ConfigError(f"There is no solver '{solver}'", do=nearest(solver, ("consistency", "ode")))
     if samples < 2:
         raise ConfigError("An evaluation needs at least two samples", got=samples)
+    data = open_source(str(data)) if isinstance(data, str | Path) else data
     source = data.source if isinstance(data, Reference) else data
     if tuple(source.shape) != denoiser.sample_shape:
         raise DataError(
@@ -132,6 +134,7 @@ def evaluate(
     )
     cond = draw_labels(denoiser, reference.source, samples, seed)
     rows = []
+    _generate(denoiser, solver, min(samples, 8), 1, seed, None if cond is None else cond[:8], batch_size)  # warm up
     for count in steps:
         started = time.perf_counter()
         x = _generate(denoiser, solver, samples, count, seed, cond, batch_size)

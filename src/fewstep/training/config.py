@@ -92,8 +92,9 @@ class OptimConfig:
         decay_images, decay_share: of the schedules above.
         warmup_images: linear warm-up from 0.
         clip: largest gradient norm; None for none.
-        guard: what is done about non-finite gradients: "stop" (nothing is hidden: the run stops) or "zero"
-            (nan -> 0, +-inf -> +-1e5 as in the published ECT code; a non-finite loss still stops).
+        guard: what is done about non-finite gradients: "stop" (nothing is hidden: the run stops), "clamp"
+            (nan -> 0, +-inf -> +-1e5: ECT's CIFAR-10 code) or "zero" (all -> 0: its ImageNet code). A non-finite loss
+            always stops.
     """
 
     name: Literal["radam", "adam", "adamw"] = "radam"
@@ -106,7 +107,7 @@ class OptimConfig:
     decay_share: float = 0.3
     warmup_images: int = 0
     clip: float | None = None
-    guard: Literal["stop", "zero"] = "stop"
+    guard: Literal["stop", "clamp", "zero"] = "stop"
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "The learning rate must be positive", self.lr)

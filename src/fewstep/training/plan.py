@@ -15,7 +15,7 @@ from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig
 from fewstep.training.feed import Feed
-from fewstep.training.trainer import Trainer
+from fewstep.training.trainer import Trainer, autocast, set_dropout
 from fewstep.training.world import World
 from fewstep.types import Progress
 
@@ -61,7 +61,9 @@ def plan(config: RunConfig, student: Denoiser, source: Source, world: World, *, 
     trained = sum(p.nbytes for p in parameters)
     share = len(world.share(config.batch_size))
     micro = min(config.micro_batch or share, share)
-    per_image = activation_bytes(config, student.to(world.device), source) / PROBE_IMAGES
+    student = student.clone().to(world.device)
+    set_dropout(student, config.student)
+    per_image = activation_bytes(config, student, source) / PROBE_IMAGES
     rate = _measure(config, student, source, world, micro, budget)
     averages = size * len(config.emas)
     checkpoint = 2 * trained + size + averages
@@ -100,7 +102,10 @@ def activation_bytes(config: RunConfig, student: Denoiser, source: Source) -> in
         feed.close()
     random = StepRandom(Streams(config.seed), torch.arange(PROBE_IMAGES), model.device)
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        autocast(config.precision, model.device),
+    ):
         loss = config.objective.loss(model, batch, Progress(0, config.images), random).per_sample.sum()
         total = sum(kept.values())
     del loss

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from fewstep.checkpoint.averages import save_averages
 from fewstep.checkpoint.model import KIND as MODEL_KIND
 from fewstep.checkpoint.model import describe, latest_checkpoint
 from fewstep.checkpoint.store import (
@@ -20,6 +22,7 @@ from fewstep.checkpoint.store import (
 )
 from fewstep.config import to_dict
 from fewstep.denoiser import load_weights
+from fewstep.ema import PowerEMA
 from fewstep.errors import CheckpointError
 from fewstep.training.optim import optimizer_tensors, restore_optimizer
 from fewstep.training.trainer import Trainer
@@ -44,6 +47,7 @@ def save_state(trainer: Trainer, run: Path) -> Path:
             write_tensors(directory / "optimizer.safetensors", optimizer_tensors(student.backbone, trainer.optimizer))
             write_tensors(directory / "sums.safetensors", {"sums": sums})
             write_json(directory / "state.json", _record(trainer))
+        save_averages(run, trainer.images_seen, _power_averages(trainer))
         write_text(run / "checkpoints" / "latest", path.name + "\n")
         _drop_old(path, trainer.config.output.keep)
     trainer.world.wait()
@@ -74,6 +78,12 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
     trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
     return path
+
+
+def _power_averages(trainer: Trainer) -> dict[float, dict[str, Tensor]]:
+    """Relative width -> weights, of the averages that can be rebuilt at other widths."""
+    pairs = zip(trainer.config.emas, trainer.averages, strict=True)
+    return {law.std: average.backbone.state_dict() for law, average in pairs if isinstance(law, PowerEMA)}
 
 
 def _record(trainer: Trainer) -> dict[str, object]:

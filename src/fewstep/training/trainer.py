@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class Trainer:
         self.student = student.under(EDM())
         _agree(self.student, world)
         set_dropout(self.student, config.student)
+        for parameter in unused_parameters(self.student):
+            parameter.requires_grad_(False)
         self.averages = [_frozen_copy(self.student) for _ in config.emas]
         self.optimizer = make_optimizer(self.student, config.optim)
         self.images_seen = 0
@@ -69,13 +71,12 @@ class Trainer:
 
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
-        if self.world.device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = self.config.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = self.config.precision == "tf32"
         feed = Feed(self.source, self.student, self.config.data, self.config.seed)
         try:
             while self.images_seen < self.config.images:
-                yield self._step(feed)
+                with _matmul_precision(self.config.precision, self.world.device):
+                    report = self._step(feed)
+                yield report
         finally:
             feed.close()
 
@@ -84,12 +85,14 @@ class Trainer:
         lr = learning_rate(config.optim, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.student.train()
+        _train_mode(self.student)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(feed, start, progress)
+        if self.world.size > 1:
+            _require_gradients(self.student)
         gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        if config.optim.guard == "zero":
-            sanitise(gradients)
+        if config.optim.guard != "stop":
+            sanitise(gradients, infinity=1e5 if config.optim.guard == "clamp" else 0.0)
         norm = torch.nn.utils.get_total_norm(gradients)
         if config.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.student.parameters()), config.optim.clip, norm)
@@ -118,7 +121,7 @@ class Trainer:
             random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device)
             last = part is parts[-1]
             with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():  # type: ignore[operator]
-                with _autocast(config.precision, self.world.device):
+                with autocast(config.precision, self.world.device):
                     loss = self._wrapped(batch, progress, random).sum() / len(share)
                 loss.backward()
             total += loss.detach()
@@ -169,13 +172,56 @@ def set_dropout(module: nn.Module, config: StudentConfig) -> None:
         return
     if config.dropout_max_resolution is not None:
         raise ConfigError(
-            "This network does not say at which resolution its dropout layers act",
+            "This network does not say at which resolution its dropout layers act (EDM2's will, in a later release)",
             got=f"student.dropout_max_resolution={config.dropout_max_resolution}",
             do="Leave it out: --set student.dropout_max_resolution=null",
         )
     for layer in module.modules():
         if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             layer.p = config.dropout
+
+
+def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
+    """Parameters that take no part without augmentation labels (EDM's ``map_augment``)."""
+    augment = getattr(student.backbone, "map_augment", None)
+    if augment is not None:
+        yield from augment.parameters()
+
+
+def _require_gradients(student: Denoiser) -> None:
+    """Several processes wait for every gradient: name the parameters that get none."""
+    idle = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ConfigError(
+            "Some parameters take no part in the loss, which training on several processes does not allow",
+            got=", ".join(idle[:8]),
+            do="Freeze them before: parameter.requires_grad_(False)",
+        )
+
+
+def _train_mode(student: Denoiser) -> None:
+    """Training mode (dropout on), except for batch normalisation, which keeps its statistics.
+
+    Two passes per step, over different rows, would mix their statistics in.
+    """
+    student.train()
+    for layer in student.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+
+
+@contextmanager
+def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """TF32 exactly where the configuration asks for it, for the length of a step."""
+    if device.type != "cuda":
+        yield
+        return
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
 
 
 def _frozen_copy(student: Denoiser) -> Denoiser:
@@ -189,7 +235,8 @@ def _agree(student: Denoiser, world: World) -> None:
             torch.distributed.broadcast(tensor, 0)
 
 
-def _autocast(precision: str, device: torch.device) -> Any:
+def autocast(precision: str, device: torch.device) -> Any:
+    """The arithmetic of a pass: bf16 where asked for, else as the weights are."""
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
