@@ -149,8 +149,9 @@ def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
         CheckpointError: it was a network of the user's own, which the run directory cannot contain.
     """
     if config.teacher == IN_MEMORY or ".py:" in config.teacher:
+        given = IN_MEMORY if config.teacher == IN_MEMORY else f"as {config.teacher}"
         raise CheckpointError(
-            f"'{run}' was tuned from a network of your own ({config.teacher})",
+            f"'{run}' was tuned from a network of your own, given {given}",
             do=f"Give it again: fewstep resume {run} --network file.py:function, or resume(run, teacher=denoiser)",
         )
     return load(config.teacher) if Path(config.teacher).is_dir() else None
