@@ -127,14 +127,31 @@ class Output:
             print(json.dumps(value))
 
 
-def overrides(config: Path | None, assignments: list[str] | None, seed: int | None, **given: Any) -> dict[str, Any]:
-    """Settings by dotted path: file, then --set, then options that were given."""
+def overrides(
+    config: Path | None,
+    assignments: list[str] | None,
+    seed: int | None,
+    *,
+    images: int | None = None,
+    batch_size: int | None = None,
+    resize: int | None = None,
+    channels: int | None = None,
+    split: str = "train",
+) -> dict[str, Any]:
+    """Settings by dotted path: file, then --set, then the options that were given."""
     from fewstep.config import flatten, parse_assignments, read_yaml
 
     out = flatten(read_yaml(config)) if config is not None else {}
     out |= parse_assignments(assignments or [])
-    out |= {path.replace("__", "."): value for path, value in given.items() if value is not None}
-    return out if seed is None else out | {"seed": seed}
+    given = {
+        "seed": seed,
+        "images": images,
+        "batch_size": batch_size,
+        "data.resize": resize,
+        "data.channels": channels,
+        "data.split": split if split != "train" else None,
+    }
+    return out | {path: value for path, value in given.items() if value is not None}
 
 
 def command_line() -> str:

@@ -64,8 +64,9 @@ def plan(
     from fewstep.training.plan import plan as make_plan
 
     output = Output(quiet, json)
-    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
-    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
+    settings = overrides(
+        config, set, seed, images=images, batch_size=batch_size, resize=resize, channels=channels, split=split
+    )
     configuration = runs.configure("tune", recipe, objective, settings, data)
     with runs.joined(device) as world:
         model = open_model(teacher, device=str(world.device))

@@ -60,8 +60,9 @@ def pretrain(
     from fewstep.cli.progress import Live
 
     output = Output(quiet, json)
-    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
-    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
+    settings = overrides(
+        config, set, seed, images=images, batch_size=batch_size, resize=resize, channels=channels, split=split
+    )
     live = Live(output)
     try:
         run = runs.pretrain(

@@ -65,13 +65,16 @@ def tune(
     from fewstep.cli.progress import Live
 
     output = Output(quiet, json)
-    given = {"images": images, "batch_size": batch_size, "data__resize": resize, "data__channels": channels}
-    settings = overrides(config, set, seed, **given) | ({"data.split": split} if split != "train" else {})
-    source = open_model(teacher, device="cpu") if ".py:" in teacher else teacher
+    settings = overrides(
+        config, set, seed, images=images, batch_size=batch_size, resize=resize, channels=channels, split=split
+    )
+    own = ".py:" in teacher
+    source = open_model(teacher, device="cpu") if own else teacher
+    settings |= {"teacher": teacher} if own else {}
     live = Live(output)
     try:
         run = runs.tune(
-            source, data, out=out, recipe=recipe, objective=objective, overrides=settings | {"teacher": teacher},
+            source, data, out=out, recipe=recipe, objective=objective, overrides=settings,
             device=device, watcher=live, command=command_line(),
         )  # fmt: skip
     finally:
