@@ -97,7 +97,7 @@ def test_loss_and_gradient_in_float64(arrays: dict[str, np.ndarray], case: str) 
     want = torch.from_numpy(arrays[f"{case}/grad_norms_f64"])
     assert float((norms - want).abs().max() / want.max()) < 1e-7
     loud = want > 1e-9 * want.max()  # biases before a normalisation have gradient 0 up to rounding
-    assert float(((norms - want).abs() / want)[loud].max()) < 1e-6
+    assert float(((norms - want).abs() / want)[loud].max()) < 1e-7
     if f"{case}/grad_f64" in arrays:
         flat, whole = torch.cat([g.flatten() for g in grads]), torch.from_numpy(arrays[f"{case}/grad_f64"])
         assert float((flat - whole).norm() / whole.norm()) < 1e-7

@@ -74,9 +74,9 @@ def test_posthoc_coefficients_and_reconstruction(arrays: dict[str, np.ndarray], 
     ]
     for column, target in enumerate(arrays[f"{branch}/posthoc_out_std"].tolist()):
         got = posthoc_coefficients(ends, stds, float(arrays[f"{branch}/posthoc_out_ofs"]), target)
-        np.testing.assert_allclose(got, arrays[f"{branch}/posthoc_coefs"][:, column], rtol=1e-7, atol=1e-10)
+        np.testing.assert_allclose(got, arrays[f"{branch}/posthoc_coefs"][:, column], rtol=1e-9, atol=1e-12)
         weights = reconstruct(snapshots, got)["w"].numpy()
-        np.testing.assert_allclose(weights, arrays[f"{branch}/posthoc_weights"][column], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(weights, arrays[f"{branch}/posthoc_weights"][column], rtol=1e-9, atol=1e-12)
 
 
 @branches
