@@ -52,7 +52,8 @@ def tune(
     """Tune a diffusion model into a few-step generator.
 
     Writes OUT/config.yaml, metrics.jsonl, samples/, checkpoints/, model/ and report.html. Ctrl-C saves the state;
-    `fewstep resume OUT` goes on to the same bits. On several GPUs: `torchrun --nproc-per-node N -m fewstep tune ...`.
+    `fewstep resume OUT` goes on (on a CPU: to the same bits). On several GPUs:
+    `torchrun --nproc-per-node N -m fewstep tune ...`.
 
     For example:
 

@@ -18,7 +18,7 @@ import torch
 from fewstep.checkpoint.store import append_text, write_text
 from fewstep.data import save_grid
 from fewstep.denoiser import Denoiser
-from fewstep.errors import FewstepError, Interrupted, NonFiniteError, Preempted
+from fewstep.errors import FewstepError, Interrupted, Preempted
 from fewstep.evaluation.evaluate import draw_labels, to_host
 from fewstep.evaluation.pictures import save_points
 from fewstep.sampling import sample
@@ -158,11 +158,7 @@ def read_history(run: Path) -> list[dict[str, Any]]:
 
 
 def _save_good(trainer: Trainer, run: Path) -> Path:
-    if not trainer.peek_finite():
-        raise NonFiniteError(
-            f"The loss or its gradient stopped being finite before image {trainer.images_seen}, and was not saved",
-            do="The last good checkpoint is kept. Try a lower optim.lr, optim.clip=1 or a larger objective.penalty.c",
-        )
+    trainer.require_finite()
     return save_state(trainer, run)
 
 

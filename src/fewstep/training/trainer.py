@@ -135,20 +135,29 @@ class Trainer:
         """
         loss, norm, bad = self.world.mean(self.sums).tolist()
         if bad > 0:
-            raise NonFiniteError(
-                f"The loss or its gradient stopped being finite before image {self.images_seen}",
-                do="The last good checkpoint is kept. Try a lower optim.lr, optim.clip=1, a larger "
-                "objective.penalty.c or --set precision=fp32, then: fewstep resume RUN, or start again",
-            )
+            raise self._not_finite()
         steps = max(self.summed_steps, 1)
         self.sums.zero_()
         self.summed_steps = 0
         return {"loss": loss / steps, "grad_norm": norm / steps}
 
-    def peek_finite(self) -> bool:
-        """Whether the weights, and everything since the last log row, are finite (reads the device)."""
+    def require_finite(self) -> None:
+        """Check the weights, and everything since the last log row (reads the device).
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a weight is not finite.
+        """
         weights = torch.stack([torch.isfinite(p).all() for p in self.student.parameters()]).all()
-        return bool(((self.world.mean(self.sums)[2] == 0) & weights).item())
+        if not bool(((self.world.mean(self.sums)[2] == 0) & weights).item()):
+            raise self._not_finite()
+
+    def _not_finite(self) -> NonFiniteError:
+        return NonFiniteError(
+            f"The loss or its gradient stopped being finite before image {self.images_seen}, and that is not saved",
+            do="The last good checkpoint is kept. Start again, from the teacher or from that run "
+            "(fewstep tune RUN --out NEW), with a lower optim.lr, optim.clip=1, a larger objective.penalty.c or "
+            "precision=fp32",
+        )
 
 
 class _LossModule(nn.Module):
