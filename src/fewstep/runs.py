@@ -32,7 +32,7 @@ from fewstep.training.finish import finish
 from fewstep.training.loop import Watcher, stopping_at_once, train
 from fewstep.training.state import restore_state
 from fewstep.training.trainer import Trainer
-from fewstep.training.world import World
+from fewstep.world import World
 
 IN_MEMORY = "(in memory)"
 """Stands for a teacher that was given as an object."""

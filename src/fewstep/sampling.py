@@ -131,6 +131,7 @@ def sample(
     cond: Tensor | None = None,
     guidance: float | None = None,
     batch_size: int | None = None,
+    first: int = 0,
 ) -> Samples:
     """``n`` samples in ``steps`` network evaluations, ``[n, ...]`` in model space.
 
@@ -141,13 +142,14 @@ def sample(
         guidance: weight w of ``f_u + w (f_c - f_u)``; a heuristic on consistency models (math.md 3.4),
             doubles the evaluations.
         batch_size: how many samples at once; changes nothing in the result but the rounding.
+        first: the number of the first sample; ``first=k`` gives samples k, k + 1, ... of a longer call.
     """
     levels = check_times(times, denoiser) if times is not None else few_step_times(denoiser, steps)
 
     def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
         return consistency_sample(model, latents, levels, noise, cond)
 
-    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size)
+    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
 
 
 @torch.no_grad()
@@ -164,27 +166,36 @@ def ode_sample(
     rho: float = 7.0,
     churn: float = 0.0,
     order: int = 2,
+    first: int = 0,
 ) -> Samples:
     """``n`` samples of a diffusion model by EDM's Heun sampler, ``[n, ...]``; NFE ``2 steps - 1``.
 
     ``steps=18`` is EDM's CIFAR-10 setting (35 NFE), ``steps=1`` the denoiser itself; ``order=1`` is Euler, one
-    evaluation per step. Same noise per seed and index as :func:`sample`.
+    evaluation per step. Same noise per seed and index as :func:`sample`; ``first`` is the first index.
     """
     grid = karras_grid(steps, max(sigma_min, denoiser.sigma_min), denoiser.sigma_max, rho)
 
     def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
         return heun_sample(model, latents, grid, noise, cond, churn=churn, order=order)
 
-    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size)
+    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
 
 
 def ode_sample_nfe(
-    denoiser: Denoiser, n: int, nfe: int, *, seed: int = 0, cond: Tensor | None = None, batch_size: int | None = None
+    denoiser: Denoiser,
+    n: int,
+    nfe: int,
+    *,
+    seed: int = 0,
+    cond: Tensor | None = None,
+    batch_size: int | None = None,
+    first: int = 0,
 ) -> Samples:
     """The teacher in exactly ``nfe`` evaluations: Heun where nfe is odd, Euler where it is even."""
     odd = nfe % 2 == 1
     steps = (nfe + 1) // 2 if odd else nfe
-    return ode_sample(denoiser, n, steps=steps, order=2 if odd else 1, seed=seed, cond=cond, batch_size=batch_size)
+    order = 2 if odd else 1
+    return ode_sample(denoiser, n, steps=steps, order=order, seed=seed, cond=cond, batch_size=batch_size, first=first)
 
 
 def check_times(times: Sequence[float], denoiser: Denoiser) -> list[float]:
@@ -208,9 +219,12 @@ def _in_batches(
     cond: Tensor | None,
     guidance: float | None,
     batch_size: int | None,
+    first: int,
 ) -> Samples:
     if n < 1:
         raise ConfigError("The number of samples must be at least 1", got=n)
+    if first < 0:
+        raise ConfigError("The number of the first sample must not be negative", got=first)
     if cond is not None and len(cond) != n:
         raise ConfigError("There is not one label per sample", got=len(cond), want=n)
     edm = denoiser.under(EDM())
@@ -220,8 +234,9 @@ def _in_batches(
     edm.eval()
     try:
         parts = []
-        for index in _chunks(n, batch_size or default_batch_size(shape, denoiser.device), denoiser.device):
-            part = None if cond is None else cond[int(index[0]) : int(index[-1]) + 1]
+        for rows in _chunks(n, batch_size or default_batch_size(shape, denoiser.device), denoiser.device):
+            part = None if cond is None else cond[int(rows[0]) : int(rows[-1]) + 1]
+            index = rows + first
 
             def noise(k: int, index: Tensor = index) -> Tensor:
                 return streams.normal(f"sample/noise/{k}", index, shape, denoiser.dtype)

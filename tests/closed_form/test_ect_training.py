@@ -22,7 +22,7 @@ from fewstep.penalty import Penalty
 from fewstep.times import LogUniform, Stages
 from fewstep.training.config import OptimConfig, RunConfig
 from fewstep.training.trainer import Trainer
-from fewstep.training.world import World
+from fewstep.world import World
 
 SIGMOID_8 = {2: 0.2773, 4: 0.6787, 8: 0.8616, 16: 0.9366, 32: 0.9695, 64: 0.9850}
 PLAN = {2: (400, 0.01), 4: (500, 0.008), 8: (1300, 2e-3), 16: (1400, 1e-3), 32: (1300, 8e-4), 64: (1200, 5e-4)}

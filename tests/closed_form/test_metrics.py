@@ -21,7 +21,6 @@ from fewstep.evaluation.metrics import (
     interval,
     kid,
     mmd2_unbiased,
-    precision_recall,
     sliced_wasserstein,
 )
 
@@ -183,7 +182,6 @@ def test_order_and_chunks_do_not_matter() -> None:
     x, y, p = correlated(1500, 6, seed=20), correlated(1100, 6, seed=23), torch.randperm(1500)
     assert mmd2_unbiased(x[p], y) == pytest.approx(mmd2_unbiased(x, y), rel=1e-9)
     assert sliced_wasserstein(x[p], y) == pytest.approx(sliced_wasserstein(x, y), rel=1e-12)
-    assert precision_recall(x[p], y) == precision_recall(x, y) == precision_recall(x, y, chunk=77)
     a, b = gaussian_stats(x[p]), gaussian_stats(x)
     assert (a.cov - b.cov).norm() <= 1e-12 * b.cov.norm()
 
@@ -216,39 +214,6 @@ def test_sliced_wasserstein_of_unequal_counts_is_exact() -> None:
     assert sliced_wasserstein(x, x.repeat(3, 1)) == pytest.approx(0, abs=1e-12)
     line = torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [0.0], [3.0]])  # ∫ = (1/6)·1 + (1/3)·4
     assert sliced_wasserstein(*line) == pytest.approx(math.sqrt(1 / 6 + 4 / 3), rel=1e-12)
-
-
-# --- Precision and recall ---------------------------------------------------------------------------------
-
-
-def test_precision_recall_on_a_line() -> None:
-    """Reals 0..9, k = 3: the ball of 9 reaches to 12; the fakes' balls have radius .3 and hold 5 alone."""
-    real = torch.arange(10.0)[:, None]
-    fake = torch.tensor([[5.0], [5.1], [5.2], [5.3], [12.0], [12.01], [-3.0], [40.0]])
-    precision, _ = precision_recall(real, fake)
-    assert precision == 6 / 8  # 12 and -3 lie exactly on the rim and count; 12.01 and 40 do not
-    _, recall = precision_recall(real, fake[:4])
-    assert recall == 1 / 10
-
-
-def test_precision_recall_against_a_double_loop() -> None:
-    real, fake = normal(60, 3, seed=31), 1.3 * normal(45, 3, seed=32) + 0.8
-
-    def covered(queries: Tensor, points: Tensor, k: int) -> float:
-        radius = [sorted(float((p - q).norm()) for q in points)[k] for p in points]
-        hits = [any(float((q - p).norm()) <= r for p, r in zip(points, radius, strict=True)) for q in queries]
-        return sum(hits) / len(hits)
-
-    for k in (1, 3):
-        expected = covered(fake, real, k), covered(real, fake, k)
-        assert 0 < expected[0] < 1 and 0 < expected[1] < 1
-        assert precision_recall(real, fake, k=k, chunk=16) == expected
-
-
-def test_copies_are_inside_even_where_duplicates_leave_radius_zero() -> None:
-    real = normal(40, 257, seed=33).repeat(5, 1)
-    assert precision_recall(real, real[:41].repeat(2, 1)) == (1.0, 1.0)
-    assert precision_recall(real, real + 1e-3) == (0.0, 0.0)
 
 
 # --- Bootstrap interval -----------------------------------------------------------------------------------
@@ -307,7 +272,7 @@ def test_frechet_and_kid_agree_with_torchmetrics() -> None:
 # --- What is refused --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", [mmd2_unbiased, kid, sliced_wasserstein, precision_recall])
+@pytest.mark.parametrize("metric", [mmd2_unbiased, kid, sliced_wasserstein])
 def test_bad_features_are_refused_in_one_sentence(metric) -> None:
     good = normal(10, 3)
     bad = good.clone()
@@ -341,11 +306,9 @@ def test_bad_statistics_are_refused() -> None:
         lambda x: kid(x, x, subsets=0),
         lambda x: kid(x, x, size=1),
         lambda x: sliced_wasserstein(x, x, directions=0),
-        lambda x: precision_recall(x, x, k=0),
-        lambda x: precision_recall(x, x, k=10),
         lambda x: interval(lambda rows: 0.0, x[:1]),
     ],
 )
 def test_settings_without_meaning_are_refused(call) -> None:
-    with pytest.raises(DataError, match=r"at least|k >= 1"):
+    with pytest.raises(DataError, match=r"at least"):
         call(normal(10, 3))

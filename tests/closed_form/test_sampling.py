@@ -216,6 +216,8 @@ def test_sample_i_depends_on_the_seed_and_on_i_alone(front: Callable[..., Tensor
         part = front(denoiser, 64, steps=2, seed=9, batch_size=size, **extra)
         torch.testing.assert_close(part, whole, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(front(denoiser, 10, steps=2, seed=9, **extra), whole[:10], rtol=1e-13, atol=1e-13)
+    later = front(denoiser, 20, steps=2, seed=9, batch_size=7, first=30, **extra)
+    torch.testing.assert_close(later, whole[30:50], rtol=1e-13, atol=1e-13)
     other = front(denoiser, 64, steps=2, seed=10, **extra)
     assert ((other - whole).abs() < 1e-6).sum() == 0
     assert len({round(float(v), 9) for v in whole.flatten()}) == whole.numel()

@@ -19,7 +19,7 @@ from fewstep.randomness import Streams
 from fewstep.times import Stages
 from fewstep.training.config import OptimConfig, RunConfig
 from fewstep.training.trainer import Trainer
-from fewstep.training.world import World
+from fewstep.world import World
 from fewstep.types import Batch, Progress
 
 ROWS, CPU = 6, torch.device("cpu")

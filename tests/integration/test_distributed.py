@@ -24,7 +24,7 @@ from fewstep.checkpoint.model import latest_checkpoint
 from fewstep.checkpoint.store import read_tensors
 from fewstep.errors import ConfigError
 from fewstep.training.loop import read_history
-from fewstep.training.world import World
+from fewstep.world import World
 
 OVERRIDES = {
     "images": 192,

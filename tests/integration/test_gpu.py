@@ -12,7 +12,7 @@ from fewstep.process import EDM
 from fewstep.randomness import DropoutTape, Streams
 from fewstep.recipes import RECIPES
 from fewstep.training.trainer import Trainer
-from fewstep.training.world import World
+from fewstep.world import World
 
 pytestmark = [
     pytest.mark.gpu,

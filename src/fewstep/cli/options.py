@@ -162,7 +162,7 @@ def command_line() -> str:
 def open_model(path: str, weights: str = "ema", network: str | None = None, device: str = "auto") -> Denoiser:
     """A model directory, a run, or ``file.py:function``; on its device."""
     from fewstep.checkpoint.model import load
-    from fewstep.training.world import pick_device
+    from fewstep.world import pick_device
 
     own = open_network(network) if network is not None else None
     where = pick_device(device)

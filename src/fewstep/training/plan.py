@@ -16,7 +16,7 @@ from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig
 from fewstep.training.feed import Feed
 from fewstep.training.trainer import Trainer, autocast, set_dropout
-from fewstep.training.world import World
+from fewstep.world import World
 from fewstep.types import Progress
 
 PROBE_IMAGES = 2

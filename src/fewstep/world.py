@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,14 @@ class World:
         value = torch.tensor([float(flag)])
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The tensors of all processes (any lengths), in order of rank, on the CPU."""
+        if self.size == 1:
+            return [rows.cpu()]
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, rows.cpu())
+        return parts
 
     def wait(self) -> None:
         """Wait for all processes."""
