@@ -8,20 +8,22 @@ import warnings
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from fewstep.errors import DataError
+from fewstep.evaluation.bootstrap import half_samples
+from fewstep.evaluation.extrapolation import fd_infinity
 from fewstep.evaluation.metrics import (
-    Stats,
     StatsAccumulator,
+    _one_sided_variance,
     frechet_distance,
     gaussian_stats,
-    interval,
     kid,
+    mmd2_spread,
     mmd2_unbiased,
     sliced_wasserstein,
+    sliced_wasserstein_estimate,
 )
 
 
@@ -29,121 +31,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def stats(mean: Tensor, cov: Tensor) -> Stats:
-    return Stats(mean.double(), cov.double(), 10_000)
-
-
-def rotation(d: int, seed: int) -> Tensor:
-    return torch.linalg.qr(normal(d, d, seed=seed)).Q
-
-
 def correlated(n: int, d: int, seed: int) -> Tensor:
     return normal(n, d, seed=seed) @ normal(d, d, seed=seed + 1) + normal(d, seed=seed + 2)
-
-
-# --- Gaussian statistics ----------------------------------------------------------------------------------
-
-
-def test_stats_are_mean_and_unbiased_covariance() -> None:
-    x = correlated(50, 6, seed=1)
-    s = gaussian_stats(x)
-    assert s.count == 50 and s.cov.dtype == torch.float64
-    np.testing.assert_allclose(s.mean, x.numpy().mean(0), rtol=1e-12)
-    np.testing.assert_allclose(s.cov, np.cov(x.numpy(), rowvar=False), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("sizes", [[1] * 40, [7, 0, 33], [39, 1], [13, 13, 14]])
-def test_stats_do_not_depend_on_the_split_even_far_from_the_origin(sizes: list[int]) -> None:
-    x = correlated(40, 5, seed=2) + 1e3
-    whole = gaussian_stats(x)
-    accumulator = StatsAccumulator()
-    for part in x.split(sizes):
-        accumulator.add(part)
-    parts = accumulator.stats()
-    assert parts.count == 40
-    assert (parts.mean - whole.mean).norm() <= 1e-12 * whole.mean.norm()
-    assert (parts.cov - whole.cov).norm() <= 1e-12 * whole.cov.norm()
-
-
-def test_float32_features_are_summed_in_float64() -> None:
-    x = (normal(3000, 4, seed=3) + 100).float()
-    expected = np.cov(x.numpy().astype(np.float64), rowvar=False)
-    np.testing.assert_allclose(gaussian_stats(x).cov, expected, rtol=1e-10, atol=1e-12)
-
-
-# --- Fréchet distance -------------------------------------------------------------------------------------
-
-
-def test_frechet_of_diagonal_gaussians() -> None:
-    a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 0.25, 9.0])
-    shift = torch.tensor([3.0, 0.0, -1.0])
-    got = frechet_distance(stats(torch.zeros(3), a.diag()), stats(shift, b.diag()))
-    assert got == pytest.approx(10 + (1 - 2) ** 2 + (2 - 0.5) ** 2, abs=1e-8)
-
-
-@pytest.mark.parametrize("d", [2, 7, 40])
-def test_frechet_of_commuting_rotated_gaussians(d: int) -> None:
-    """S = Q diag(λ) Qᵀ, S' = Q diag(μ) Qᵀ: FD = |Δm|² + Σ (√λ - √μ)²."""
-    q, lam, mu = rotation(d, 5), normal(d, seed=6).exp(), normal(d, seed=7).exp()
-    delta = normal(d, seed=8)
-    got = frechet_distance(stats(torch.zeros(d), q @ lam.diag() @ q.T), stats(delta, q @ mu.diag() @ q.T))
-    assert got == pytest.approx(float(delta.square().sum() + (lam.sqrt() - mu.sqrt()).square().sum()), abs=1e-8)
-
-
-def test_frechet_of_non_commuting_gaussians_in_two_dimensions() -> None:
-    """2x2: tr (S S')^½ = √(tr S S' + 2 √det S S')."""
-    a, b = (m @ m.T + 0.1 * torch.eye(2, dtype=torch.float64) for m in (normal(2, 2, seed=9), normal(2, 2, seed=10)))
-    overlap = math.sqrt(float((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()))
-    got = frechet_distance(stats(torch.zeros(2), a), stats(torch.zeros(2), b))
-    assert got == pytest.approx(float(a.trace() + b.trace()) - 2 * overlap, abs=1e-8)
-
-
-@pytest.mark.parametrize(("n", "d"), [(500, 20), (30, 200)], ids=["full rank", "rank deficient"])
-def test_frechet_of_a_set_with_itself_is_zero(n: int, d: int) -> None:
-    s = gaussian_stats(correlated(n, d, seed=11))
-    assert 0 <= frechet_distance(s, s) < 1e-6 * float(s.cov.trace())
-
-
-@pytest.mark.parametrize(("n", "d"), [(300, 30), (25, 60)], ids=["full rank", "rank deficient"])
-def test_frechet_is_symmetric_and_rotation_invariant(n: int, d: int) -> None:
-    x, y, q = correlated(n, d, seed=12), correlated(n + 9, d, seed=22), rotation(d, 3)
-    one = frechet_distance(gaussian_stats(x), gaussian_stats(y))
-    assert frechet_distance(gaussian_stats(y), gaussian_stats(x)) == pytest.approx(one, rel=1e-9)
-    assert frechet_distance(gaussian_stats(x @ q), gaussian_stats(y @ q)) == pytest.approx(one, rel=1e-9)
-
-
-def test_frechet_agrees_with_scipy_sqrtm() -> None:
-    a, b = gaussian_stats(correlated(400, 24, seed=13)), gaussian_stats(correlated(300, 24, seed=14))
-    root = scipy.linalg.sqrtm((a.cov @ b.cov).numpy()).real
-    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * np.trace(root)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
-
-
-def test_frechet_of_rank_deficient_sets_is_their_nuclear_norm() -> None:
-    """With fewer samples than dimensions: tr (S S')^½ = |X_c Y_cᵀ|_* / √((n-1)(m-1))."""
-    x, y = normal(12, 50, seed=15), 2 * normal(17, 50, seed=16)
-    xc, yc = x - x.mean(0), y - y.mean(0)
-    overlap = float(torch.linalg.svdvals(xc @ yc.T).sum()) / math.sqrt(11 * 16)
-    a, b = gaussian_stats(x), gaussian_stats(y)
-    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * overlap
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-8)
-
-
-def test_frechet_finite_sample_bias_law() -> None:
-    """math.md 6.2: E[FD] = d/N + d(d+1)/(4(N-1)) for white features and the exact reference."""
-    d, n, repeats = 8, 1000, 400
-    exact = stats(torch.zeros(d), torch.eye(d))
-    values = [frechet_distance(gaussian_stats(x), exact) for x in normal(repeats, n, d, seed=17)]
-    mean, error = float(np.mean(values)), float(np.std(values)) / math.sqrt(repeats)
-    assert error < 0.03 * mean
-    assert abs(mean - (d / n + d * (d + 1) / (4 * (n - 1)))) < 4 * error
-
-
-def test_a_matrix_that_is_no_covariance_is_refused() -> None:
-    bad = stats(torch.zeros(2), torch.tensor([[1.0, 3.0], [3.0, 1.0]]))  # eigenvalues 4 and -2
-    with pytest.raises(DataError, match="not a covariance"):
-        frechet_distance(bad, bad)
 
 
 # --- KID --------------------------------------------------------------------------------------------------
@@ -216,14 +105,43 @@ def test_sliced_wasserstein_of_unequal_counts_is_exact() -> None:
     assert sliced_wasserstein(*line) == pytest.approx(math.sqrt(1 / 6 + 4 / 3), rel=1e-12)
 
 
-# --- Bootstrap interval -----------------------------------------------------------------------------------
+# --- Spreads: the deviation over fresh sets is the yardstick ----------------------------------------------
+
+FRESH, ROWS, DIM = 200, 200, 3
 
 
-def test_interval_of_a_mean_has_the_known_width() -> None:
-    x = 2 * normal(400, 1, seed=34)
-    low, high = interval(lambda rows: float(rows.mean()), x, n_boot=400, seed=5)
-    assert (low + high) / 2 == pytest.approx(float(x.mean()), abs=1e-12)
-    assert high - low == pytest.approx(2 * 1.96 * float(x.std()) / 20, rel=0.15)
+def spreads_against_fresh_sets(value, spread) -> tuple[float, float]:
+    """(standard deviation over fresh sets, mean estimated spread) of a metric of one set ``[ROWS, DIM]``."""
+    sets = [1.3 * normal(ROWS, DIM, seed=1000 + i) + 0.4 for i in range(FRESH)]
+    return float(np.std([value(x) for x in sets])), float(np.mean([spread(x) for x in sets[:12]]))
+
+
+def test_spread_of_sliced_wasserstein() -> None:
+    real = normal(400, DIM, seed=48)
+    true, got = spreads_against_fresh_sets(
+        lambda x: sliced_wasserstein(real, x, directions=32),
+        lambda x: sliced_wasserstein_estimate(real, x, directions=32, replicates=40).spread,
+    )
+    assert got == pytest.approx(true, rel=0.25)
+    x = normal(ROWS, DIM, seed=49)
+    expected = [sliced_wasserstein(real, x[half], seed=7) for half in half_samples(ROWS, 2, 7)]
+    assert sliced_wasserstein_estimate(real, x, replicates=2, seed=7).spread == pytest.approx(np.std(expected, ddof=1))
+
+
+def test_spread_of_mmd2_with_both_sets_fresh() -> None:
+    pairs = [(normal(150, DIM, seed=2000 + i), 1.3 * normal(ROWS, DIM, seed=3000 + i) + 0.4) for i in range(FRESH)]
+    true = float(np.std([mmd2_unbiased(*pair) for pair in pairs]))
+    got = float(np.mean([mmd2_spread(*pair, replicates=40) for pair in pairs[:12]]))
+    assert got == pytest.approx(true, rel=0.25)
+    fewer = float(np.mean([mmd2_spread(*pair, replicates=40, most=60) for pair in pairs[:12]]))
+    assert fewer == pytest.approx(true, rel=0.35)
+
+
+def test_spread_of_mmd2_is_that_of_its_halves() -> None:
+    """With y fixed the terms of y alone cancel in a spread: two halves of x against the plain function."""
+    x, y = normal(30, 2, seed=50), normal(20, 2, seed=53) + 0.5
+    values = [mmd2_unbiased(x[half], y) for half in half_samples(30, 6, 3)]
+    assert _one_sided_variance(x, y, 6, 3) == pytest.approx(np.var(values, ddof=1), rel=1e-9)
 
 
 # --- torchmetrics as referee ------------------------------------------------------------------------------
@@ -306,7 +224,8 @@ def test_bad_statistics_are_refused() -> None:
         lambda x: kid(x, x, subsets=0),
         lambda x: kid(x, x, size=1),
         lambda x: sliced_wasserstein(x, x, directions=0),
-        lambda x: interval(lambda rows: 0.0, x[:1]),
+        lambda x: fd_infinity(gaussian_stats(x), x.repeat(4, 1), points=1),
+        lambda x: fd_infinity(gaussian_stats(x), x.repeat(3, 1)),
     ],
 )
 def test_settings_without_meaning_are_refused(call) -> None:

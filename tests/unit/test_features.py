@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, ConfigError, DataError, FewstepError
-from fewstep.evaluation.features import FEATURES, features_of, iter_features, metric_name, open_features
+from fewstep.evaluation.feature_net import FeatureNet
+from fewstep.evaluation.features import (
+    FEATURES,
+    features_of,
+    is_fid_net,
+    iter_features,
+    iter_outputs,
+    metric_name,
+    open_features,
+)
 from fewstep.evaluation.metrics import StatsAccumulator, gaussian_stats
 from fewstep.evaluation.small_nets import ConvRelu6, MobileNetV1, load_mnist_cnn, load_mobilenet
 
@@ -45,6 +54,17 @@ def test_numbers_are_named_after_the_net_and_the_count() -> None:
     assert metric_name("recall", "Pixels", 500) == "Recall-Pixels-500"
     with pytest.raises(ConfigError, match=r"There is no metric 'fid'\. Did you mean 'fd'\?"):
         metric_name("fid", net, 5000)
+
+
+def test_only_verified_inception_is_the_net_of_fid() -> None:
+    def net(name: str, verified: bool) -> FeatureNet:
+        return FeatureNet(name, 2048, "0" * 64, lambda x: x, verified=verified)
+
+    assert is_fid_net(net("Inception", True))
+    assert not is_fid_net(net("Inception", False))
+    assert not is_fid_net(net("Inception-01234567", False))
+    assert not is_fid_net(net("MobileNetV1", True))
+    assert not is_fid_net(open_features("pixels", reference=images(2)))
 
 
 # --- Pixels and principal axes ----------------------------------------------------------------------------
@@ -233,6 +253,31 @@ def test_grey_is_repeated_for_mobilenet(shared: Path) -> None:
         features_of(net, images(2, c=4, side=32))
 
 
+def test_logits_are_those_of_the_nets_own_classifier(shared: Path) -> None:
+    x = images(5, c=1, side=28)
+    small = open_features(f"mnist-cnn:{shared / MNIST_CNN}")
+    features, logits = small.extract_with_logits(x)
+    torch.testing.assert_close(features, small.extract(x), rtol=0, atol=0)
+    torch.testing.assert_close(logits, load_mnist_cnn(shared / MNIST_CNN).logits(x.float() / 127.5 - 1).detach())
+    x = images(3, side=40)
+    big = open_features(f"mobilenet:{shared / MOBILENET}")
+    expected = load_mobilenet(shared / MOBILENET).logits(x.float() / 127.5 - 1).detach()
+    assert expected.shape == (3, 1000) and expected.std() > 0.1
+    parts = list(iter_outputs(big, x, batch_size=2))
+    assert [len(f) for f, _ in parts] == [2, 1]
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), expected, rtol=1e-4, atol=1e-4)
+    assert [part for _, part in iter_outputs(open_features("pixels", reference=x), x)] == [None]
+
+
+def test_every_net_says_what_it_does_to_the_pixels(shared: Path) -> None:
+    x = images(4)
+    assert open_features("pixels", reference=x).preprocessing == "x/127.5 - 1"
+    assert open_features("pca:2", reference=x).preprocessing == "x/127.5 - 1, principal axes"
+    assert "(x/255 - 0.1307)/0.3081" in open_features(f"mnist-cnn:{shared / MNIST_CNN}").preprocessing
+    mobilenet = open_features(f"mobilenet:{shared / MOBILENET}")
+    assert mobilenet.preprocessing == "x/127.5 - 1, bilinear 224x224 with antialias; grey repeated to 3 channels"
+
+
 # --- The user's own nets ----------------------------------------------------------------------------------
 
 
@@ -261,6 +306,15 @@ def test_torchscript_that_needs_colour_gets_grey_repeated(tmp_path: Path) -> Non
     got = features_of(open_features(str(path), reference=grey), grey)
     expected = convolution(grey.repeat(1, 3, 1, 1) / 127.5 - 1).detach()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert open_features(str(path), reference=grey).preprocessing.endswith("own size; grey repeated to 3 channels")
+    assert open_features(str(path), reference=images(4)).preprocessing.endswith("own size")
+
+
+def test_the_inception_file_is_not_fed_with_floats_by_mistake(tmp_path: Path) -> None:
+    path = save_torchscript(tmp_path / "inception-2015-12-05.pt", torch.nn.AvgPool2d(8), torch.zeros(1, 3, 8, 8))
+    for spec in (str(path), f"torchscript:{path}"):
+        with pytest.raises(ConfigError, match=r"reads uint8 images.*Write: inception:.*inception-2015-12-05\.pt"):
+            open_features(spec, reference=images(3))
 
 
 @pytest.fixture
@@ -306,7 +360,7 @@ def test_images_of_another_size_than_the_reference_are_refused() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("inception", "There is no feature net 'inception'"),
+        ("inceptoin", "Did you mean 'inception'"),
         ("pixls", "Did you mean 'pixels'"),
         ("mobilnet:weights.npz", "Did you mean 'mobilenet'"),
         ("no_such_module_here:net", r"neither a feature net .* nor an importable"),
@@ -357,6 +411,36 @@ def test_a_reference_is_asked_for_by_name() -> None:
         features_of(open_features("pixels", reference=images(2)), images(0))
     with pytest.raises(DataError, match="neither images nor points"):
         open_features("pixels", reference=images(3)).extract(images(3).long())
+
+
+def test_nan_points_are_refused_and_counted() -> None:
+    cloud = points(9, 3)
+    net = open_features("pca:2", reference=cloud)
+    cloud[2, 1], cloud[5] = float("nan"), float("inf")
+    with pytest.raises(DataError, match=r"Samples are NaN or infinite\. Got: 2 of 9 samples"):
+        features_of(net, cloud)
+    with pytest.raises(DataError, match=r"Got: 2 of 9 samples"):
+        open_features("pixels", reference=cloud)
+    broken = dataclasses.replace(net, extract=lambda x: x[:, :2] * float("inf"))
+    with pytest.raises(DataError, match="PCA2 returned features that are NaN or infinite"):
+        features_of(broken, points(4, 3))
+
+
+def test_a_constant_reference_is_refused_but_constant_samples_are_measured() -> None:
+    for reference in (torch.full((5, 3, 8, 8), 7, dtype=torch.uint8), torch.ones(4, 2)):
+        with pytest.raises(DataError, match=rf"all the same\. Got: {len(reference)} equal samples"):
+            open_features("pixels", reference=reference)
+    net = open_features("pca:2", reference=images(6))
+    collapsed = images(1).expand(5, -1, -1, -1)
+    assert features_of(net, collapsed).std(0).max() < 1e-5  # a collapsed model is a finding, not bad input
+
+
+def test_opening_a_net_draws_no_random_numbers(shared: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for spec in (f"mnist-cnn:{shared / MNIST_CNN}", f"mobilenet:{shared / MOBILENET}"):
+        open_features(spec)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_registry_is_what_the_message_lists() -> None:

@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fewstep.evaluation.figures import (
     history_svg,
     loss_stages,
     loss_svg,
+    margin,
     quality_series,
     quality_svg,
 )
@@ -40,6 +42,7 @@ from fewstep.evaluation.report import (
     verdict,
     write_report,
 )
+from fewstep.evaluation.svg import KINDS
 
 WHEN = datetime(2025, 11, 21, 5, 7, tzinfo=UTC)
 TEACHER = "teacher (diffusion)"
@@ -60,7 +63,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         self.open.append(tag)
-        if tag in ("td", "h1", "title", "dt", "dd", "pre", "figcaption", "p", "text", "div"):
+        if tag in ("td", "th", "h1", "title", "dt", "dd", "pre", "figcaption", "p", "text", "div"):
             self.texts.setdefault(tag, []).append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -147,18 +150,59 @@ def test_references_inside_the_page_resolve_and_ids_are_unique() -> None:
     assert targets <= set(ids)
 
 
-def test_the_table_holds_every_number_in_order() -> None:
-    cells = Page(render(report(), WHEN)).texts["td"]
-    table = [cells[i : i + 5] for i in range(0, len(cells), 5)]
-    assert table == [
-        [TEACHER, "1", "11.40", "0.0347", "5,188"],
-        [TEACHER, "2", "7.90", "0.0239", "2,594"],
-        [TEACHER, "4", "3.20", "0.00932", "1,297"],
-        [TEACHER, "35", "0.17", "-7.3e-05", "148"],
-        ["tuned", "1", "0.89", "0.00216", "5,188"],
-        ["tuned", "2", "0.41", "0.000671", "2,594"],
-        ["tuned", "4", "0.28", "0.000268", "1,297"],
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table of a page as rows of cell texts, the heads included."""
+    rows = [
+        re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL) for table in re.findall(r"<table.*?</table>", text, re.DOTALL)
     ]
+    return [
+        [
+            [unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
+            for row in table
+        ]
+        for table in rows
+    ]
+
+
+def test_a_table_per_metric_holds_every_number_in_order() -> None:
+    head, last = ["Evaluations", TEACHER, "tuned"], ["35", "-7.3e-05", "–"]
+    assert tables(render(report(), WHEN)) == [
+        [head, ["1", "11.40", "0.89"], ["2", "7.90", "0.41"], ["4", "3.20", "0.28"], ["35", "0.17", "–"]],
+        [head, ["1", "0.0347", "0.00216"], ["2", "0.0239", "0.000671"], ["4", "0.00932", "0.000268"], last],
+        [head, ["1", "5,188", "5,188"], ["2", "2,594", "2,594"], ["4", "1,297", "1,297"], ["35", "148", "–"]],
+    ]
+
+
+def test_intervals_stand_behind_their_values_and_only_there() -> None:
+    some = [
+        Row(TEACHER, 1, {"FD-P-2k": 11.4, "KID-P-2k": 0.03}, 9.0, {"FD-P-2k": (11.1, 11.7)}),
+        Row("tuned", 1, {"FD-P-2k": 0.352, "KID-P-2k": 0.02}, 9.0, {"FD-P-2k": (0.3401, 0.3639)}),
+    ]
+    text = render(report(rows=some, pictures=[]), WHEN)
+    assert [table[1] for table in tables(text)][:2] == [["1", "11.40 ± 0.30", "0.352 ± 0.012"], ["1", "0.03", "0.02"]]
+    assert "± is half of a 95 % interval" in text
+    assert "± is half" not in render(report(pictures=[]), WHEN)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "expected"),
+    [
+        (11.4, (11.1, 11.7), "± 0.30"),
+        (1234.5, (1200.5, 1268.5), "± 34"),
+        (0.00216, (0.00175, 0.00257), "± 0.00041"),
+        (-7.3e-05, (-1.04e-04, -4.2e-05), "± 3.1e-05"),
+        (5.0, (4.9996, 5.0004), "± 0.0004"),
+        (0.0, (-0.5, 0.5), "± 0.50"),
+        (2.0, (1.5, 4.0), "1.50 to 4.00"),
+        (2.0, None, ""),
+        (math.nan, (0.0, 1.0), ""),
+        (2.0, (-math.inf, math.inf), ""),
+    ],
+)
+def test_margins_have_the_digits_of_their_values(
+    value: float, interval: tuple[float, float] | None, expected: str
+) -> None:
+    assert margin(value, interval) == expected
 
 
 def test_a_metric_that_a_row_lacks_leaves_a_dash_and_a_gap() -> None:
@@ -167,8 +211,9 @@ def test_a_metric_that_a_row_lacks_leaves_a_dash_and_a_gap() -> None:
         Row("tuned", 2, {"B": 2.0}, 1.0),
         Row("tuned", 3, {"A": math.nan}, 1.0),
     ]
-    cells = Page(render(report(rows=some, pictures=[]), WHEN)).texts["td"]
-    assert [cells[i + 2 : i + 4] for i in (0, 5, 10)] == [["1.00", "–"], ["–", "2.00"], ["nan", "–"]]
+    first, second, _ = tables(render(report(rows=some, pictures=[]), WHEN))
+    assert first[1:] == [["1", "1.00"], ["3", "nan"]]
+    assert second[1:] == [["2", "2.00"]]
     assert quality_series(some, "A") == {"tuned": ([1], [1.0])}
 
 
@@ -192,7 +237,7 @@ def test_the_parts_stand_in_the_order_of_a_readers_questions() -> None:
         "<h1>",
         "One step: FD-pixels-2k",
         "Step dial",
-        "FD-pixels-2k, lower",
+        "FD-pixels-2k <span>lower",
         "<table>",
         LOSS_NOTE.replace("'", "&#39;"),
     ]
@@ -208,13 +253,13 @@ def test_the_dial_has_a_column_per_step_the_teacher_above_and_the_metric_below()
         name, value = caption.split("FD-pixels-2k")
         found[name.strip(), float(value)] = figure["style"]
     assert found == {
-        (TEACHER, 11.4): "--step:1;--row:2;--column:1",
-        (TEACHER, 7.9): "--step:2;--row:2;--column:1",
-        (TEACHER, 3.2): "--step:3;--row:2;--column:1",
-        (TEACHER, 0.17): "--step:4;--row:2;--column:1",
-        ("tuned", 0.89): "--step:1;--row:3;--column:2",
-        ("tuned", 0.41): "--step:2;--row:3;--column:2",
-        ("tuned", 0.28): "--step:3;--row:3;--column:2",
+        (TEACHER, 11.4): "--step:1;--row:2",
+        (TEACHER, 7.9): "--step:2;--row:2",
+        (TEACHER, 3.2): "--step:3;--row:2",
+        (TEACHER, 0.17): "--step:4;--row:2",
+        ("tuned", 0.89): "--step:1;--row:3",
+        ("tuned", 0.41): "--step:2;--row:3",
+        ("tuned", 0.28): "--step:3;--row:3",
     }
     assert [text.strip() for text in page.texts["div"] if "not sampled" in text] == ["tuned: not sampled"]
 
@@ -241,7 +286,7 @@ def test_hostile_text_stays_text() -> None:
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert page.texts["title"] == page.texts["h1"] == page.texts["pre"] == [HOSTILE]
     assert page.texts["dd"][:2] == [HOSTILE] * 2
-    assert page.texts["td"][4] == HOSTILE
+    assert page.texts["th"][1] == "teacher" + HOSTILE
     assert any(HOSTILE[:30] in text for text in page.texts["text"])
 
 
@@ -275,8 +320,11 @@ def test_the_page_follows_the_colour_scheme_and_the_width_of_the_reader() -> Non
     assert "var(--teacher)" in drawn
     assert "currentColor" in drawn
     assert not re.findall(r"#[0-9a-f]{6}\b(?![^<]*</text>)", drawn), "a colour that no scheme can change"
-    used = set(re.findall(r"var\((--[a-z]+)\)", text)) - {"--step", "--row", "--column"}
-    light, dark = (set(re.findall(r"(--[a-z]+):", block)) for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL))
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", text)) - {"--step", "--row", "--steps", "--models"}
+    light, dark = (
+        set(re.findall(r"(--[a-z0-9]+):", block)) for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    )
+    assert {f"--{kind}" for kind in KINDS} < used
     assert used <= light == dark
 
 
@@ -372,6 +420,21 @@ def quality(metric: str = "FD-pixels-2k", **values: dict[int, float]) -> list[Ro
             quality("KID-pixels-2k", teacher={1: 0.1}, tuned={1: -0.002}),
             "One step: KID-pixels-2k 0.1 -> -0.002 after tuning.",
         ),
+        (
+            [
+                replace(row, intervals={"FD-pixels-2k": (row.metrics["FD-pixels-2k"] - 0.3, 9.0)})
+                for row in quality(teacher={1: 2.0}, tuned={1: 1.5})
+            ],
+            "One step: FD-pixels-2k 2.00 -> 1.50 (25 % lower) after tuning, "
+            "which decides nothing: the 95 % intervals overlap.",
+        ),
+        (
+            [
+                replace(row, intervals={"FD-pixels-2k": (row.metrics["FD-pixels-2k"] - 0.2,) * 2})
+                for row in quality(teacher={1: 2.0}, tuned={1: 1.5})
+            ],
+            "One step: FD-pixels-2k 2.00 -> 1.50 (25 % lower) after tuning.",
+        ),
         (quality(teacher={1: 3.0}, tuned={1: math.nan}), "One step: FD-pixels-2k 3.00 -> nan after tuning."),
         (
             quality(teacher={1: 3.0, 9: 0.5}),
@@ -413,6 +476,19 @@ def test_the_quality_figure_draws_every_value_on_logarithmic_axes() -> None:
         slope, offset = np.polyfit(expected, place, 1)
         assert sign * slope > 10
         assert np.abs(slope * expected + offset - place).max() < 1e-3
+
+
+def test_bars_span_the_intervals() -> None:
+    given = [Row("tuned", n, {"FD": v}, 1.0, {"FD": (v / 2, 3 * v)}) for n, v in ((1, 8.0), (2, 4.0), (4, 2.0))]
+    svg = quality_svg(given, "FD") or ""
+    groups = svg.split("LineCollection")[1:]
+    bars = np.array([re.findall(r"[\d.]+", re.findall(r' d="([^"]*)"', group)[0]) for group in groups], dtype=float)
+    assert bars.shape == (3, 4)
+    places = markers(svg)
+    slope, offset = np.polyfit(np.log([8.0, 4.0, 2.0]), places[:, 1], 1)
+    for ends, factor in ((bars[:, 1], 0.5), (bars[:, 3], 3.0)):
+        assert np.abs(slope * np.log(factor * np.array([8.0, 4.0, 2.0])) + offset - ends).max() < 1e-2
+    assert len(re.findall("LineCollection", quality_svg(rows(), "FD-pixels-2k") or "")) == 0
 
 
 def test_values_that_are_not_positive_are_drawn_on_a_linear_axis() -> None:
@@ -628,14 +704,40 @@ def test_the_dial_draws_points_and_needs_a_picture(tmp_path: Path) -> None:
 # --- the terminal -----------------------------------------------------------------------------------
 
 
-def test_the_terminal_table_has_the_rows_of_the_page_and_reads_no_markup() -> None:
-    console = Console(file=io.StringIO(), width=120)
-    print_table([*rows(), Row("[red]odd[/red]", 8, {"FD-pixels-2k": 1.5}, 3.25)], console)
+def printed(given: list[Row]) -> list[list[str]]:
+    console = Console(file=io.StringIO(), width=140)
+    print_table(given, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    page = Page(render(report(), WHEN)).texts["td"]
-    assert cells[:7] == [page[i : i + 5] for i in range(0, len(page), 5)]
-    assert cells[7] == ["[red]odd[/red]", "8", "1.50", "–", "3.25"]
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+
+
+def test_the_terminal_table_has_a_line_per_model_and_count_and_reads_no_markup() -> None:
+    odd = Row("[red]odd[/red]", 8, {"FD-pixels-2k": 1.5}, 3.25, {"FD-pixels-2k": (1.25, 1.75)})
+    assert printed([*rows(), odd]) == [
+        ["Model", "Evaluations", "FD-pixels-2k\u00a0↓", "KID-pixels-2k\u00a0↓", "Samples/s"],
+        [TEACHER, "1", "11.40", "0.0347", "5,188"],
+        [TEACHER, "2", "7.90", "0.0239", "2,594"],
+        [TEACHER, "4", "3.20", "0.00932", "1,297"],
+        [TEACHER, "35", "0.17", "-7.3e-05", "148"],
+        ["tuned", "1", "0.89", "0.00216", "5,188"],
+        ["tuned", "2", "0.41", "0.000671", "2,594"],
+        ["tuned", "4", "0.28", "0.000268", "1,297"],
+        ["[red]odd[/red]", "8", "1.50 ± 0.25", "–", "3.25"],
+    ]
+
+
+def test_many_metrics_stand_below_each_other_in_a_terminal() -> None:
+    many = [
+        Row(model, nfe, {f"M{i}-P-2k": i + nfe / 10 + shift for i in range(6)}, 10.0 * nfe, {"M0-P-2k": (0.0, 1.0)})
+        for model, shift, counts in ((TEACHER, 0.0, (1, 35)), ("tuned", 0.5, (1, 2)))
+        for nfe in counts
+    ]
+    lines = printed(many)
+    assert lines[0] == ["Metric", "Model", "1 evaluation", "2 evaluations", "35 evaluations"]
+    assert lines[1] == ["M0-P-2k\u00a0↓", TEACHER, "0.1 0 to 1.00", "–", "3.50 0 to 1.00"]
+    assert lines[4] == ["", "tuned", "1.60", "1.70", "–"]
+    assert lines[-2:] == [["Samples/s", TEACHER, "10", "–", "350"], ["", "tuned", "10", "20", "–"]]
+    assert len(lines) == 1 + 7 * 2
 
 
 def test_no_window_and_no_setting_of_the_users_matplotlib_is_touched() -> None:

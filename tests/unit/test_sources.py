@@ -528,7 +528,7 @@ def test_npz_blocks_equal_single_images(tmp_path: Path) -> None:
         (
             {"x64": noise(0, 2, 4, 4)},
             {},
-            r"has no images for the split 'train'\. Got: the keys x64\. Wanted: x or images or x_train\.",
+            r"images for the split 'train'\. Got: the keys x64\. Wanted: x or images or samples or arr_0 or x_train\.",
         ),
         (
             {"x": noise(0, 2, 4, 4)},

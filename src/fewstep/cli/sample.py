@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
 
 from fewstep.cli.options import COUNT, BatchSize, Device, Json, Network, Output, Quiet, Seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.commit import Committed
+    from fewstep.denoiser import Denoiser
+
+EARLY = Group("Early commit", sort_key=50)
+TOL = 0.02
+FULL_STEPS = {"ode": 35, "multistep": 8}
+"""Evaluations of the full chain where --commit is given without --steps: 18 Heun nodes; 8 few-step times."""
 
 
 def sample(
@@ -16,12 +28,36 @@ def sample(
     /,
     *,
     out: Annotated[Path, Parameter(help="x.png for one picture, x.npz, or a directory of PNG files.")],
-    steps: Annotated[int | None, Parameter(validator=COUNT, help="Network evaluations. Default: 1.")] = None,
+    steps: Annotated[
+        int | None,
+        Parameter(validator=COUNT, help="Network evaluations. Default: 1; with --commit 35, or 8 for multistep."),
+    ] = None,
     number: Annotated[int, Parameter(name=["--number", "-n"], validator=COUNT, help="How many samples.")] = 64,
     times: Annotated[
         str | None, Parameter(help="Noise levels instead of --steps, largest first, for example 80,0.8.")
     ] = None,
-    sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",
+    sampler: Annotated[
+        Literal["consistency", "ode", "multistep"],
+        Parameter(
+            help="ode is the teacher's solver; multistep is consistency without fresh noise between steps, for "
+            "few-step models that were trained for it."
+        ),
+    ] = "consistency",
+    commit: Annotated[
+        Literal["confidence", "extrapolation"] | None,
+        Parameter(
+            group=EARLY,
+            help="End a sample once the rest of its trajectory would change it by less than --tol: judged by one more "
+            "evaluation (confidence; a diffusion model) or by how its changes decay (extrapolation). It assumes no "
+            "fresh noise, a denoiser near the posterior mean, or geometric decay; pixels are not perceived quality.",
+        ),
+    ] = None,
+    tol: Annotated[
+        float | None,
+        Parameter(
+            group=EARLY, validator=Number(gte=0), help="Root mean square per value, in model units. Default: 0.02."
+        ),
+    ] = None,
     label: Annotated[int | None, Parameter(help="One class for all samples. Default: all classes in turn.")] = None,
     guidance: Annotated[
         float | None, Parameter(help="Classifier-free guidance; a heuristic on few-step models.")
@@ -44,6 +80,7 @@ def sample(
     fewstep sample run --steps 2 -n 64 --out out.png
     fewstep sample run --times 80,1.5 -n 5000 --seed 1 --out out.npz
     fewstep sample teacher --sampler ode --steps 35 -n 64 --out teacher.png
+    fewstep sample teacher --sampler ode --commit extrapolation --tol 0.02 -n 64 --out early.png
     ```
     """
     from fewstep.cli.options import open_model
@@ -57,24 +94,29 @@ def sample(
         raise ConfigError(
             "--times and --steps do not agree", got=f"{len(levels)} times, --steps {steps}", do="Give one"
         )
-    if sampler == "ode" and (levels is not None or guidance is not None):
-        option = "--times" if levels is not None else "--guidance"
-        raise ConfigError(f"{option} does not go with --sampler ode", do="In Python: fewstep.ode_sample")
+    _check(sampler, levels is not None, guidance, commit, tol)
     denoiser = open_model(model, weights, network, device)
     check_output(out, denoiser)
     cond = spread_labels(denoiser, number, label)
-    if sampler == "consistency" and levels is None:
-        levels = few_step_times(denoiser, steps or 1)
+    count = len(levels) if levels is not None else steps or (FULL_STEPS[sampler] if commit is not None else 1)
+    if sampler != "ode" and levels is None:
+        levels = few_step_times(denoiser, count)
     if guidance is not None:
         output.say(
             "Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight."
         )
     started = time.perf_counter()
-    x, nfe = draw(denoiser, number, levels, steps or 1, seed or 0, cond, guidance, batch_size)
+    nfe: float
+    early: dict[str, Any] | None = None
+    if commit is None and sampler != "multistep":
+        x, nfe = draw(denoiser, number, levels, count, seed or 0, cond, guidance, batch_size)
+        said = _evaluations(nfe)
+    else:
+        found = _commit(denoiser, number, levels, count, seed or 0, cond, batch_size, commit, tol)
+        x, (nfe, said, early) = found.samples, _described(found, commit, tol, count)
     rate = number / (time.perf_counter() - started)
     path = save_samples(out, denoiser, x, cond)
-    evaluations = f"{nfe} evaluation{'s' if nfe > 1 else ''}"
-    output.say(f"Wrote {number} samples, {evaluations} each, to {path} ({rate:,.1f} samples/s).")
+    output.say(f"Wrote {number} samples, {said}, to {path} ({rate:,.1f} samples/s).")
     output.result(
         {
             "samples": str(path),
@@ -86,6 +128,60 @@ def sample(
             "guidance": guidance,
             "seed": seed or 0,
             "samples_per_second": rate,
+            "commit": early,
         }
     )
     return 0
+
+
+def _check(sampler: str, with_times: bool, guidance: float | None, commit: str | None, tol: float | None) -> None:
+    from fewstep.errors import ConfigError
+
+    if sampler == "ode" and (with_times or guidance is not None):
+        option = "--times" if with_times else "--guidance"
+        raise ConfigError(f"{option} does not go with --sampler ode", do="In Python: fewstep.ode_sample")
+    if sampler == "multistep" and guidance is not None:
+        raise ConfigError("--guidance does not go with --sampler multistep", do="Leave it out")
+    if commit is None and tol is not None:
+        raise ConfigError("--tol is the tolerance of --commit", do="Add --commit confidence, or leave --tol out")
+    if commit is not None and sampler == "consistency":
+        raise ConfigError(
+            "--commit does not go with --sampler consistency, which adds fresh noise at every step: consecutive"
+            " outputs differ by that noise and never settle",
+            do="Use --sampler ode for a diffusion model, --sampler multistep for a few-step model",
+        )
+
+
+def _commit(
+    denoiser: Denoiser, n: int, levels: list[float] | None, count: int, seed: int, cond: Tensor | None,
+    batch_size: int | None, rule: str | None, tol: float | None,
+) -> Committed:  # fmt: skip
+    """Without ``rule`` the full chain; without ``levels`` the teacher's, in ``count`` evaluations: Heun where odd."""
+    from fewstep.commit import commit_sample
+
+    solver = "multistep" if levels is not None else "heun" if count % 2 else "euler"
+    return commit_sample(
+        denoiser, n, times=levels, nodes=(count + 1) // 2 if solver == "heun" else count, solver=solver,
+        rule=rule or "extrapolation", tol=0.0 if rule is None else TOL if tol is None else tol, seed=seed, cond=cond,
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def _described(
+    found: Committed, rule: str | None, tol: float | None, full: int
+) -> tuple[float, str, dict[str, Any] | None]:
+    """Mean evaluations, the same in words, and for machines; the last is None for a full chain."""
+    nfe = float(found.nfe.double().mean())
+    if rule is None:
+        return nfe, _evaluations(full), None
+    histogram = {str(nfe): count for nfe, count in enumerate(found.nfe.bincount().tolist()) if count}
+    least, most = int(found.nfe.min()), int(found.nfe.max())
+    early = {
+        "rule": rule, "tol": TOL if tol is None else tol, "nfe_full": full, "nfe_min": least, "nfe_max": most,
+        "nfe_histogram": histogram, "committed": float((found.stopped_at > 0).double().mean()),
+    }  # fmt: skip
+    return nfe, f"{nfe:.1f} evaluations each on average ({least} to {most}; the full chain takes {full})", early
+
+
+def _evaluations(nfe: float) -> str:
+    return f"{nfe:g} evaluation{'s' if nfe > 1 else ''} each"

@@ -34,7 +34,7 @@ IN_MEMORY_BYTES = 2 * 2**30
 
 _CLASS_INDEX = "a whole number from 0"
 _NPZ_KEYS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "train": [(("x", "images"), ("y", "labels")), (("x_train",), ("y_train",))],
+    "train": [(("x", "images", "samples", "arr_0"), ("y", "labels", "arr_1")), (("x_train",), ("y_train",))],
     "test": [(("x_test",), ("y_test",))],
 }
 _THREADS = min(8, os.cpu_count() or 1)
@@ -171,10 +171,10 @@ def zipped(where: str, view: View, *, in_memory_bytes: int = IN_MEMORY_BYTES) ->
 def npz(where: str, view: View) -> Source:
     """Arrays in an npz, held in memory.
 
-    Keys: ``x`` or ``images`` with optional ``y`` or ``labels``; or ``x_train``, ``y_train``, ``x_test``,
-    ``y_test``. Images are uint8 ``[n,h,w]``, ``[n,h,w,c]`` or ``[n,c,h,w]`` (where both fit, the last axis is
-    the channels), c = 1, 3 or 4 (alpha, laid on white); labels are whole numbers ``[n]`` or ``[n,1]``.
-    Nothing is unpickled.
+    Keys: ``x``, ``images``, ``samples`` or ``arr_0`` with optional ``y``, ``labels`` or ``arr_1``; or ``x_train``,
+    ``y_train``, ``x_test``, ``y_test``. Images are uint8 ``[n,h,w]``, ``[n,h,w,c]`` or ``[n,c,h,w]`` (where both
+    fit, the last axis is the channels), c = 1, 3 or 4 (alpha, laid on white); labels are whole numbers ``[n]`` or
+    ``[n,1]``. Nothing is unpickled.
 
     Raises:
         DataError: no such file, key or split, a wrong dtype or shape, or object arrays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.evaluation.evaluate import ALL_METRICS, Reference, evaluate, open_reference
+from fewstep.evaluation.evaluate import DEFAULT_METRICS, Reference, evaluate, evaluate_samples, open_reference
+from fewstep.evaluation.measure import METRICS
 
-__all__ = ["ALL_METRICS", "Reference", "evaluate", "open_reference"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "Reference", "evaluate", "evaluate_samples", "open_reference"]

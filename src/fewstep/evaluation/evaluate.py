@@ -1,83 +1,45 @@
-"""Sample at several step counts and compare with real data; every number says net, count and NFE."""
+"""The front door of the evaluation: a model, or images made elsewhere, against real data."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data import Source, decode, open_source
+from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
-from fewstep.evaluation.features import (
-    METRICS,
-    PCA_ROWS,
-    FeatureNet,
-    features_of,
-    iter_features,
-    metric_name,
-    open_features,
-)
-from fewstep.evaluation.metrics import (
-    Stats,
-    StatsAccumulator,
-    frechet_distance,
-    gaussian_stats,
-    kid,
-    precision_recall,
-    sliced_wasserstein,
-)
-from fewstep.randomness import Streams
-from fewstep.sampling import few_step_times, ode_sample_nfe, sample
+from fewstep.evaluation.features import FeatureNet, features_of, is_fid_net, iter_outputs
+from fewstep.evaluation.measure import METRICS, Fake, Real, available, measure, refuse
+from fewstep.evaluation.metrics import StatsAccumulator
+from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, evenly, open_reference
+from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
+from fewstep.sampling import ode_sample_nfe, sample
+from fewstep.world import World
 
-ALL_METRICS = tuple(METRICS)
-READ_BLOCK = 512
+__all__ = [
+    "DEFAULT_METRICS",
+    "Reference",
+    "draw_labels",
+    "evaluate",
+    "evaluate_samples",
+    "number_name",
+    "open_reference",
+    "to_host",
+]
 
+DEFAULT_METRICS = ("fd", "kid", "sw2", "precision", "recall", "density", "coverage", "memorised", "class", "is")
+"""Measured where nothing else is asked for, as far as model, data and feature net allow."""
 
-@dataclass(frozen=True)
-class Reference:
-    """Real data seen through a feature net: statistics of all of it, features of evenly spaced rows.
-
-    Args:
-        net: the feature net.
-        stats: mean and covariance of all rows (for the Fréchet distance).
-        rows: features of at most as many rows as are sampled (for the other metrics), ``[m, d]``.
-        source: where it comes from.
-    """
-
-    net: FeatureNet
-    stats: Stats
-    rows: Tensor
-    source: Source
-
-
-def open_reference(
-    source: Source, features: str = "auto", *, samples: int, device: torch.device | str = "cpu"
-) -> Reference:
-    """Read the whole source once through the feature net, in constant memory.
-
-    Args:
-        features: a feature net; "auto" is "pixels" up to 256 values per sample, else "pca:64".
-        samples: how many rows are kept for the metrics that compare samples one by one.
-    """
-    if features == "auto":
-        features = "pixels" if int(np.prod(source.shape)) <= 256 else "pca:64"
-    net = open_features(features, reference=source.read(_evenly(len(source), PCA_ROWS)))
-    total = StatsAccumulator()
-    blocks: Iterator[Tensor] = (
-        source.read(np.arange(start, min(start + READ_BLOCK, len(source))))
-        for start in range(0, len(source), READ_BLOCK)
-    )
-    for part in iter_features(net, blocks, device=device):
-        total.add(part)
-    rows = source.read(_evenly(len(source), max(samples, 2)))
-    return Reference(net, total.stats(), features_of(net, rows, device=device), source)
+REPLICATES = 50
+OnRow = Callable[[dict[str, Any]], None]
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how many samples are done, and how many there are."""
 
 
 def evaluate(
@@ -86,119 +48,221 @@ def evaluate(
     *,
     steps: Sequence[int] = (1, 2, 4, 8),
     solver: str = "consistency",
-    metrics: Sequence[str] = ALL_METRICS,
+    metrics: Sequence[str] | None = None,
     features: str = "auto",
     samples: int = 2_000,
     seed: int = 0,
     batch_size: int | None = None,
-    on_row: Callable[[dict[str, Any]], None] | None = None,
+    replicates: int = REPLICATES,
+    on_row: OnRow | None = None,
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
 ) -> dict[str, Any]:
     """Quality of a model at several step counts.
 
     Args:
         denoiser: the model.
-        data: a source, its spec ("digits", a folder, a zip, an npz), or a :func:`open_reference`.
+        data: a source, its spec ("digits", a folder, a zip, an npz of images or of EDM statistics), or an
+            :func:`open_reference`.
         steps: numbers of network evaluations.
         solver: "consistency" (few-step sampler) or "ode" (EDM's Heun; Euler where the count is even).
-        metrics: of "fd", "kid", "sw2", "precision", "recall".
+        metrics: names in METRICS; default: DEFAULT_METRICS as far as they apply.
         samples: per step count; conditional models get labels drawn from the data.
         seed: sample i of every step count starts from the same noise.
-        on_row: called with each finished row.
+        replicates: half-samples behind each 95 % interval; 0 for none.
+        on_row, on_progress: called with each finished row, and after each block of samples.
+        world: several processes share the sampling; only the leading one measures (the others get no rows).
 
     Returns:
-        ``{"features", "reference", "samples", "seed", "rows": [{"solver", "steps", "nfe", "times",
-        "samples_per_second", "metrics": {"FD-Pixels-2k": ...}}]}``; JSON-able.
+        ``{"features", "reference", "samples", "seed", "rows": [{"solver", "steps", "nfe", "times", "seed",
+        "samples_per_second", "metrics": {"FD-Pixels-2k": ...}, "intervals": {"FD-Pixels-2k": [low, high]}}]}``.
 
     Raises:
         ConfigError: an unknown metric or solver, or fewer than two samples.
         DataError: the data has another shape than the model's samples.
     """
-    for name in metrics:
+    if solver not in SOLVERS:
+        raise ConfigError(f"There is no solver '{solver}'", do=nearest(solver, SOLVERS))
+    for name in metrics or ():
         if name not in METRICS:
             raise ConfigError(f"There is no metric '{name}'", do=nearest(name, METRICS))
-    if solver not in ("consistency", "ode"):
-        raise ConfigError(f"There is no solver '{solver}'", do=nearest(solver, ("consistency", "ode")))
     if samples < 2:
         raise ConfigError("An evaluation needs at least two samples", got=samples)
-    data = open_source(str(data)) if isinstance(data, str | Path) else data
-    source = data.source if isinstance(data, Reference) else data
-    if tuple(source.shape) != denoiser.sample_shape:
-        raise DataError(
-            "The reference data does not have the model's shape",
-            got=tuple(source.shape),
-            want=denoiser.sample_shape,
-            do="Use --resize or --channels",
-        )
-    reference = (
-        data if isinstance(data, Reference) else open_reference(data, features, samples=samples, device=denoiser.device)
-    )
+    reference = data if isinstance(data, Reference) else open_reference(data, features, device=denoiser.device)
+    images = reference.source.is_images if reference.source is not None else len(denoiser.sample_shape) == 3
+    check_comparable(reference, denoiser.sample_shape, images)
     cond = draw_labels(denoiser, reference.source, samples, seed)
-    rows = []
-    _generate(denoiser, solver, min(samples, 8), 1, seed, None if cond is None else cond[:8], batch_size)  # warm up
-    for count in steps:
-        started = time.perf_counter()
-        x = _generate(denoiser, solver, samples, count, seed, cond, batch_size)
-        images = to_host(denoiser, x, source.is_images)
-        rate = samples / (time.perf_counter() - started)
-        row = _describe(denoiser, solver, count) | {"samples_per_second": rate}
-        row["metrics"] = _measure(
-            metrics, reference, features_of(reference.net, images, device=denoiser.device), samples, seed
-        )
-        rows.append(row)
+    _warm_up(denoiser, solver, min(samples, 8), seed, cond, batch_size)
+    kind = cast(Literal["consistency", "ode"], solver)
+    sets = (
+        generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, batch_size=batch_size, is_images=images)
+        for count in steps
+    )
+    return evaluate_samples(
+        sets,
+        reference,
+        metrics=metrics,
+        seed=seed,
+        replicates=replicates,
+        device=denoiser.device,
+        on_row=on_row,
+        on_progress=on_progress,
+        world=world,
+    )
+
+
+def evaluate_samples(
+    sets: Iterable[SampleSet],
+    reference: Reference,
+    *,
+    metrics: Sequence[str] | None = None,
+    seed: int = 0,
+    replicates: int = REPLICATES,
+    device: torch.device | str = "cpu",
+    on_row: OnRow | None = None,
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Measure sets of samples from anywhere; arguments and result as :func:`evaluate`.
+
+    Samples pass in blocks: images are never held, features up to 128 million values.
+    """
+    wanted = "is" in (DEFAULT_METRICS if metrics is None else metrics)
+    rows: list[dict[str, Any]] = []
+    count = 0
+    for samples in sets:
+        check_comparable(reference, samples.shape, samples.is_images)
+        count = samples.count
+        _check_needs(metrics or (), reference, samples)
+        fake, seconds = see(samples, reference.net, logits=wanted, device=device, on_progress=on_progress, world=world)
+        if fake is None:
+            continue
+        made_here = samples.about["solver"] != FILES
+        row = samples.about | {"samples_per_second": samples.count / max(seconds, 1e-9) if made_here else None}
+        rows.append(row | numbers(fake, reference, samples.count, metrics, replicates, seed))
         if on_row is not None:
-            on_row(row)
+            on_row(rows[-1])
+    net = reference.net
     return {
-        "features": {"name": reference.net.name, "hash": reference.net.hash},
-        "reference": {"source": source.name, "count": len(source), "fingerprint": source.fingerprint},
-        "samples": samples,
+        "features": {"name": net.name, "hash": net.hash, "preprocessing": net.preprocessing},
+        "reference": reference.info,
+        "samples": count,
         "seed": seed,
         "rows": rows,
     }
 
 
-def _evenly(length: int, most: int) -> np.ndarray:
-    """At most ``most`` evenly spaced row numbers: the same for the same data, whatever is measured."""
-    return np.linspace(0, length - 1, min(most, length)).round().astype(np.int64)
+def _check_needs(metrics: Sequence[str], reference: Reference, samples: SampleSet) -> None:
+    """Refuse a metric whose needs will not be met, before time is spent on samples."""
+    net, like = reference.net, torch.zeros(1, 1)
+    rows = like.expand(min(samples.count, KEPT_VALUES // net.dim), net.dim)
+    logits = like.expand(len(rows), 1) if net.extract_with_logits is not None else None
+    expected = Fake(reference.stats, rows, samples.labels, logits)
+    for name in metrics:
+        refuse(name, Real(reference.stats, reference.rows, reference.labels), expected)
 
 
-def draw_labels(denoiser: Denoiser, source: Source, n: int, seed: int) -> Tensor | None:
-    """Class indices ``[n]`` drawn from the data's labels (uniform without labels); None if unconditional."""
-    if denoiser.num_classes == 0:
-        return None
-    index = torch.arange(n)
-    if source.labels is None:
-        return Streams(seed).integers("evaluation/labels", index, denoiser.num_classes).to(denoiser.device)
-    picked = Streams(seed).integers("evaluation/labels", index, len(source.labels)).numpy()
-    return torch.from_numpy(source.labels[picked]).to(denoiser.device)
+def see(
+    samples: SampleSet,
+    net: FeatureNet,
+    *,
+    logits: bool = False,
+    device: torch.device | str = "cpu",
+    on_progress: OnProgress | None = None,
+    world: World | None = None,
+) -> tuple[Fake | None, float]:
+    """What the metrics see of ``samples``, and the seconds that making them took; None where another process leads.
+
+    Of several processes each makes every ``world.size``-th block. The leading one takes the features in order, so
+    the numbers do not depend on how many there are. Images are never held; features up to 128 million values.
+    """
+    world = world or World(0, 1, torch.device(device))
+    logits = logits and net.extract_with_logits is not None
+    seen = _Seen(evenly(samples.count, KEPT_VALUES // net.dim))
+    blocks, seconds = samples.blocks(world.rank, world.size), 0.0
+    while True:
+        started = time.perf_counter()
+        block = next(blocks, None)
+        seconds += time.perf_counter() - started
+        width = net.dim if block is not None or not logits else 0
+        outputs = _outputs(net, block, logits, device) if block is not None else torch.zeros(0, width)
+        parts = [part for part in world.gather(outputs) if len(part)]
+        if not parts:
+            break
+        for part in parts:
+            seen.add(part[:, : net.dim], part[:, net.dim :] if logits else None)
+        if on_progress is not None and world.leads:
+            on_progress(samples.name, seen.count, samples.count)
+    if seen.count != samples.count and world.leads:
+        raise DataError("There are fewer samples than announced", got=seen.count, want=samples.count)
+    return (seen.fake(samples.labels) if world.leads else None), seconds
 
 
-def to_host(denoiser: Denoiser, x: Tensor, images: bool) -> Tensor:
-    """Samples as uint8 images (or float points) on the CPU."""
-    return (decode(x, denoiser.value_range) if images else x.float()).cpu()
+class _Seen:
+    """Features in the order of the samples: statistics of all, rows ``kept``."""
+
+    def __init__(self, kept: np.ndarray) -> None:
+        self.count = 0
+        self._kept, self._stats = kept, StatsAccumulator()
+        self._rows: list[Tensor] = []
+        self._logits: list[Tensor] = []
+
+    def add(self, features: Tensor, logits: Tensor | None) -> None:
+        self._stats.add(features)
+        first, last = np.searchsorted(self._kept, [self.count, self.count + len(features)])
+        chosen = torch.from_numpy(self._kept[first:last] - self.count)
+        self._rows.append(features[chosen].float())
+        if logits is not None:
+            self._logits.append(logits[chosen].float())
+        self.count += len(features)
+
+    def fake(self, labels: Tensor | None) -> Fake:
+        chosen = None if labels is None else labels[torch.from_numpy(self._kept)]
+        return Fake(
+            self._stats.stats(), torch.cat(self._rows), chosen, torch.cat(self._logits) if self._logits else None
+        )
 
 
-def _generate(
-    denoiser: Denoiser, solver: str, n: int, count: int, seed: int, cond: Tensor | None, batch_size: int | None
+def _outputs(net: FeatureNet, block: Tensor, logits: bool, device: torch.device | str) -> Tensor:
+    """Features ``[b, dim]`` of a block, followed by the logits where they are wanted."""
+    if not logits:
+        return features_of(net, block, device=device)
+    pairs = iter_outputs(net, block, device=device)
+    return torch.cat([features if scores is None else torch.cat((features, scores), 1) for features, scores in pairs])
+
+
+def numbers(
+    fake: Fake, reference: Reference, count: int, metrics: Sequence[str] | None, replicates: int, seed: int
+) -> dict[str, Any]:
+    """``{"metrics": {name: value}, "intervals": {name: [low, high]}}``, in the order asked for."""
+    real = Real(reference.stats, reference.rows, reference.labels)
+    chosen = list(metrics) if metrics is not None else available(DEFAULT_METRICS, real, fake)
+    found = measure(chosen, real, fake, replicates=replicates, seed=seed)
+    names = {m: number_name(m, reference, count) for m in chosen}
+    intervals = {names[m]: [found[m].low, found[m].high] for m in chosen if found[m].spread > 0}
+    return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
+
+
+def number_name(metric: str, reference: Reference, count: int) -> str:
+    """The full name of a number: metric, feature net, samples, as in ``FD-MNIST-CNN-5k``.
+
+    "FID-50k" is said of the published Inception weights, 50,000 samples and a full training set alone.
+    """
+    whole = reference.source is not None and reference.info["split"] == "train"
+    if metric == "fd" and count == 50_000 and is_fid_net(reference.net) and whole:
+        return "FID-50k"
+    short = f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+    return f"{METRICS[metric].label}-{reference.net.name}-{short}"
+
+
+def _warm_up(denoiser: Denoiser, solver: str, n: int, seed: int, cond: Tensor | None, batch_size: int | None) -> None:
+    """The first call of a network is slow: it is not part of any samples per second."""
+    few = None if cond is None else cond[:n]
+    draw = ode_sample_nfe if solver == "ode" else _one_step
+    draw(denoiser, n, 1, seed=seed, cond=few, batch_size=batch_size)
+
+
+def _one_step(
+    denoiser: Denoiser, n: int, steps: int, *, seed: int, cond: Tensor | None, batch_size: int | None
 ) -> Tensor:
-    if solver == "ode":
-        return ode_sample_nfe(denoiser, n, count, seed=seed, cond=cond, batch_size=batch_size)
-    return sample(denoiser, n, steps=count, seed=seed, cond=cond, batch_size=batch_size)
-
-
-def _describe(denoiser: Denoiser, solver: str, count: int) -> dict[str, Any]:
-    times = few_step_times(denoiser, count) if solver == "consistency" else None
-    return {"solver": solver, "steps": count, "nfe": count, "times": times}
-
-
-def _measure(metrics: Sequence[str], reference: Reference, fake: Tensor, n: int, seed: int) -> dict[str, float]:
-    """The chosen metrics, in the order chosen, under their full names."""
-    real, values = reference.rows, {}
-    if "fd" in metrics:
-        values["fd"] = frechet_distance(reference.stats, gaussian_stats(fake))
-    if "kid" in metrics:
-        values["kid"] = kid(real, fake, size=min(1000, len(real), len(fake)), seed=seed)[0]
-    if "sw2" in metrics:
-        values["sw2"] = sliced_wasserstein(real, fake, seed=seed)
-    if "precision" in metrics or "recall" in metrics:
-        values["precision"], values["recall"] = precision_recall(real, fake)
-    return {metric_name(m, reference.net, n): float(values[m]) for m in metrics}
+    return sample(denoiser, n, steps=steps, seed=seed, cond=cond, batch_size=batch_size)

@@ -10,73 +10,79 @@ import hashlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.errors import ConfigError, DataError, FewstepError, nearest
+from fewstep.evaluation.feature_net import (
+    IN_UNITS,
+    REPEATED,
+    FeatureNet,
+    checked_images,
+    image_extractor,
+    needed,
+    pixels_of,
+    with_logits,
+)
+from fewstep.evaluation.inception import INCEPTION_FILES, open_inception
+from fewstep.evaluation.pretrained import Pretrained, file_hash, open_clip, open_dinov2
 from fewstep.evaluation.small_nets import load_mnist_cnn, load_mobilenet
-
-Extract: TypeAlias = Callable[[Tensor], Tensor]
-"""uint8 images ``[b, c, h, w]`` or float points ``[b, ...]`` -> features ``[b, dim]`` on the same device."""
 
 PCA_ROWS = 4096
 METRICS = {"fd": "FD", "kid": "KID", "sw2": "SW2", "precision": "Precision", "recall": "Recall"}
 
 
-@dataclass(frozen=True)
-class FeatureNet:
-    """A named map from images to features.
-
-    Args:
-        name: as it stands in the names of numbers ("MNIST-CNN").
-        dim: number of features.
-        hash: sha256 of what fixes the map: the weights file, or the reference of a PCA.
-        extract: uint8 images ``[b, c, h, w]`` (or, for ``pixels`` and ``pca``, float points) -> ``[b, dim]``.
-    """
-
-    name: str
-    dim: int
-    hash: str
-    extract: Extract
-
-
 def open_features(spec: str, *, reference: Tensor | None = None) -> FeatureNet:
     """The feature net that ``spec`` names.
 
-    =====================  ==================================================================
+    =====================  ================================================================================
     ``pixels``             the pixels in [-1, 1], flattened; float points as they are
     ``pca:K``              those, projected on the first K principal axes of ``reference``
     ``mnist-cnn:PATH``     500 features of a small MNIST classifier; 28 x 28 grey images
     ``mobilenet:PATH``     768 features of MobileNetV1 0.75/224; any size, resized to 224 x 224
+    ``inception[:PATH]``   2,048 features of the network of FID; without a path from the cache
+    ``dinov2[:MODEL]``     the class token of DINOv2 (a folder or a hub id; by default ViT-L/14, 1,024 features)
+    ``clip[:MODEL]``       the image embedding of CLIP (a folder or a hub id; by default ViT-B/32, 512 features)
     ``torchscript:PATH``   any TorchScript net (also: a path that ends in .pt or .ts)
     ``package.mod:name``   any importable callable (also: ``module:package.mod:name``)
-    =====================  ==================================================================
+    =====================  ================================================================================
 
     The last two are given float images ``[b, c, h, w]`` in [-1, 1] at the images' own size, and return
     ``[b, dim]`` (further dimensions are flattened); grey images are repeated to 3 channels if the net
-    refuses 1. Opening ``module`` runs the named Python code: only a user may name it.
+    refuses 1. Opening ``module`` runs the named Python code: only a user may name it. torch's global
+    random state is left as it was.
 
     Args:
         spec: see above.
-        reference: the reference set, uint8 ``[n, c, h, w]`` or points; all but the two classifiers need it.
+        reference: the reference set, uint8 ``[n, c, h, w]`` or points; needed by pixels, pca and the last two.
 
     Raises:
-        ConfigError: no such net, or one that does not run on the reference.
+        ConfigError: no such net, one that does not run on the reference, or a package is not installed.
         CheckpointError: the weights are missing or of another network.
         DataError: the reference is missing or unusable.
     """
+    if reference is not None:
+        _check_points(reference)
+        if len(reference) > 1 and bool((reference == reference[:1]).all()):
+            raise DataError(
+                "The reference samples are all the same", got=f"{len(reference)} equal samples", want="a varied set"
+            )
     kind, _, rest = spec.partition(":")
-    if kind in FEATURES:
-        return FEATURES[kind](rest, reference)
-    if Path(spec).suffix in (".pt", ".ts"):
-        return _torchscript(spec, reference)
-    if rest:
-        return _module(spec, reference)
+    with torch.random.fork_rng(devices=[]):  # building a network draws its first weights
+        if kind in FEATURES:
+            return FEATURES[kind](rest, reference)
+        if Path(spec).suffix in (".pt", ".ts"):
+            return _torchscript(spec, reference)
+        if rest:
+            return _module(spec, reference)
     raise ConfigError(f"There is no feature net '{spec}'", do=nearest(kind, FEATURES))
+
+
+def is_fid_net(net: FeatureNet) -> bool:
+    """Whether numbers of ``net`` may be called FID: Inception with the published weights."""
+    return net.verified and net.name == "Inception"
 
 
 def iter_features(
@@ -93,9 +99,33 @@ def iter_features(
     Raises:
         DataError: images that the net cannot read, or features of another shape than promised.
     """
+    for features, _ in _outputs(net, images, batch_size, device, lambda batch: (net.extract(batch), None)):
+        yield features
+
+
+def iter_outputs(
+    net: FeatureNet,
+    images: Tensor | Iterable[Tensor],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Features ``[b, dim]`` and logits ``[b, classes]`` (None where the net has none), as :func:`iter_features`."""
+    return _outputs(net, images, batch_size, device, net.extract_with_logits or (lambda x: (net.extract(x), None)))
+
+
+def _outputs(
+    net: FeatureNet,
+    images: Tensor | Iterable[Tensor],
+    batch_size: int,
+    device: torch.device | str,
+    run: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     blocks = [images] if isinstance(images, Tensor) else images
     for batch in (part for block in blocks if len(block) for part in torch.split(block, batch_size)):
-        features = net.extract(batch.to(device)).cpu()
+        _check_points(batch)
+        features, logits = run(batch.to(device))
+        features = features.cpu()
         if features.shape != (len(batch), net.dim):
             raise DataError(
                 f"The feature net {net.name} returned features of another shape",
@@ -103,7 +133,17 @@ def iter_features(
                 want=[len(batch), net.dim],
                 do="Compare images of one size only",
             )
-        yield features
+        if not bool(features.isfinite().all()):
+            raise DataError(
+                f"The feature net {net.name} returned features that are NaN or infinite", do="Check the net"
+            )
+        yield features, None if logits is None else logits.cpu()
+
+
+def _check_points(x: Tensor) -> None:
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        bad = int((~x.isfinite()).flatten(1).any(1).sum())
+        raise DataError("Samples are NaN or infinite", got=f"{bad} of {len(x)} samples", want="finite numbers")
 
 
 def features_of(
@@ -142,15 +182,15 @@ def metric_name(metric: str, net: FeatureNet | str, n: int) -> str:
 def _pixel_net(rest: str, reference: Tensor | None) -> FeatureNet:
     if rest:
         raise ConfigError("The feature net 'pixels' takes no argument", got=f"pixels:{rest}", do="Write: pixels")
-    dim = _needed(reference, "pixels")[0].numel()
-    return FeatureNet("Pixels", dim, hashlib.sha256(b"pixels").hexdigest(), _pixels)
+    dim = needed(reference, "pixels")[0].numel()
+    return FeatureNet("Pixels", dim, hashlib.sha256(b"pixels").hexdigest(), pixels_of, IN_UNITS)
 
 
 def _pca(rest: str, reference: Tensor | None) -> FeatureNet:
     """Axes: the top eigenvectors of the covariance of <= 4,096 evenly spaced reference samples."""
-    reference = _needed(reference, "pca")
+    reference = needed(reference, "pca")
     rows = torch.linspace(0, len(reference) - 1, min(PCA_ROWS, len(reference)), dtype=torch.float64)
-    x = _pixels(reference[rows.round().long().to(reference.device)]).cpu().double()
+    x = pixels_of(reference[rows.round().long().to(reference.device)]).cpu().double()
     most = min(len(x) - 1, x.shape[1])
     if not rest.isdecimal() or not 1 <= int(rest) <= most:
         raise ConfigError(
@@ -163,14 +203,14 @@ def _pca(rest: str, reference: Tensor | None) -> FeatureNet:
     digest.update(reference.contiguous().cpu().numpy().tobytes())
 
     def extract(images: Tensor) -> Tensor:
-        flat = _pixels(images)
+        flat = pixels_of(images)
         if flat.shape[1] != len(mean):
             raise DataError(
                 "The images differ in size from the reference of the PCA", got=flat.shape[1], want=len(mean)
             )
         return (flat - mean.to(flat)) @ axes.to(flat)
 
-    return FeatureNet(f"PCA{int(rest)}", int(rest), digest.hexdigest(), extract)
+    return FeatureNet(f"PCA{int(rest)}", int(rest), digest.hexdigest(), extract, f"{IN_UNITS}, principal axes")
 
 
 def _principal_axes(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -187,19 +227,33 @@ def _principal_axes(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _mnist_cnn(rest: str, reference: Tensor | None) -> FeatureNet:
     path = _path(rest, "mnist-cnn")
     net = load_mnist_cnn(path)
-    return FeatureNet("MNIST-CNN", 500, _file_hash(path), _image_extractor("MNIST-CNN", net, channels=1, side=28))
+    extract = image_extractor("MNIST-CNN", net, channels=1, side=28)
+    how = "28x28 grey, (x/255 - 0.1307)/0.3081"
+    return FeatureNet("MNIST-CNN", 500, file_hash(path), extract, how, with_logits(extract, net.fc2))
 
 
 def _mobilenet(rest: str, reference: Tensor | None) -> FeatureNet:
     path = _path(rest, "mobilenet")
     net = load_mobilenet(path)
-    return FeatureNet("MobileNetV1", 768, _file_hash(path), _image_extractor("MobileNetV1", net, channels=3))
+    extract = image_extractor("MobileNetV1", net, channels=3)
+    how = f"{IN_UNITS}, bilinear 224x224 with antialias{REPEATED}"
+    return FeatureNet("MobileNetV1", 768, file_hash(path), extract, how, with_logits(extract, net.head))
+
+
+def _pretrained(load: Callable[[str], Pretrained]) -> Callable[[str, Tensor | None], FeatureNet]:
+    def open_net(rest: str, reference: Tensor | None) -> FeatureNet:
+        p = load(rest)
+        extract = image_extractor(p.name, p.net, channels=3, scale=lambda x: x)
+        logits = None if p.head is None else with_logits(extract, p.head)
+        return FeatureNet(p.name, p.dim, p.hash, extract, p.preprocessing, logits, p.verified)
+
+    return open_net
 
 
 def _torchscript(rest: str, reference: Tensor | None) -> FeatureNet:
     path = _path(rest, "torchscript")
     try:
-        digest = _file_hash(path)
+        digest = file_hash(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # deprecated in torch 2.13; files stay
             net = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
@@ -208,6 +262,10 @@ def _torchscript(rest: str, reference: Tensor | None) -> FeatureNet:
             f"The file '{path}' is not a readable TorchScript net",
             do="Save one with torch.jit.trace(net, x).save(PATH)",
         ) from error
+    if path.name in INCEPTION_FILES or digest in [known for known, _ in INCEPTION_FILES.values()]:
+        raise ConfigError(
+            "The Inception of FID reads uint8 images, not floats in [-1, 1]", got=path, do=f"Write: inception:{path}"
+        )
     return _probed(path.stem, digest, net, reference)
 
 
@@ -239,6 +297,9 @@ FEATURES: dict[str, Callable[[str, Tensor | None], FeatureNet]] = {
     "pca": _pca,
     "mnist-cnn": _mnist_cnn,
     "mobilenet": _mobilenet,
+    "inception": _pretrained(open_inception),
+    "dinov2": _pretrained(open_dinov2),
+    "clip": _pretrained(open_clip),
     "torchscript": _torchscript,
     "module": _module,
 }
@@ -246,10 +307,10 @@ FEATURES: dict[str, Callable[[str, Tensor | None], FeatureNet]] = {
 
 def _probed(name: str, digest: str, net: Callable[[Tensor], Tensor], reference: Tensor | None) -> FeatureNet:
     """The net with its dimension read off two reference images; 3 channels where it refuses grey."""
-    images = _images(_needed(reference, name)[:2], name)
+    images = checked_images(needed(reference, name)[:2], name)
     reason: Exception | None = None
     for channels in (images.shape[1], 3) if images.shape[1] == 1 else (images.shape[1],):
-        extract = _image_extractor(name, net, channels=channels)
+        extract = image_extractor(name, net, channels=channels)
         try:
             features = extract(images)
         except FewstepError:
@@ -257,75 +318,13 @@ def _probed(name: str, digest: str, net: Callable[[Tensor], Tensor], reference: 
         except Exception as error:  # someone else's code may raise anything
             reason = reason or error
             continue
-        return FeatureNet(name, features.shape[1], digest, extract)
+        how = f"{IN_UNITS}, own size" + (REPEATED if channels != images.shape[1] else "")
+        return FeatureNet(name, features.shape[1], digest, extract, how)
     first_line = next(iter(str(reason).strip().splitlines()[-1:]), type(reason).__name__)
     raise ConfigError(
         f"The feature net {name} does not run on images of shape {list(images.shape[1:])}: {first_line}",
         want="a net from float images [b, c, h, w] in [-1, 1] to features [b, dim]",
     ) from reason
-
-
-def _image_extractor(name: str, net: Callable[[Tensor], Tensor], *, channels: int, side: int | None = None) -> Extract:
-    def extract(images: Tensor) -> Tensor:
-        x = _with_channels(_images(images, name), channels, name)
-        if side is not None and tuple(x.shape[2:]) != (side, side):
-            raise DataError(
-                f"The feature net {name} reads images of {side}x{side} pixels only",
-                got=f"{x.shape[2]}x{x.shape[3]}",
-                do="For other sizes use mobilenet, pca or pixels: nothing is resized silently",
-            )
-        with torch.no_grad():
-            out = (net.to(x.device) if isinstance(net, nn.Module) else net)(_unit(x))
-        if not isinstance(out, Tensor) or out.ndim < 2 or len(out) != len(x):
-            got = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ConfigError(f"The feature net {name} does not return features", got=got, want=f"[{len(x)}, dim]")
-        return out.flatten(1)
-
-    return extract
-
-
-def _images(x: Tensor, name: str) -> Tensor:
-    if x.ndim != 4 or x.dtype != torch.uint8:
-        raise DataError(
-            f"The feature net {name} reads images",
-            got=f"{str(x.dtype).removeprefix('torch.')} of shape {list(x.shape)}",
-            want="uint8 [b, c, h, w]",
-            do="Use pixels or pca for points",
-        )
-    return x
-
-
-def _with_channels(x: Tensor, channels: int, name: str) -> Tensor:
-    if x.shape[1] == channels:
-        return x
-    if x.shape[1] == 1:
-        return x.expand(-1, channels, -1, -1)
-    raise DataError(
-        f"The feature net {name} cannot read images of {x.shape[1]} channels",
-        want=f"{channels} (or 1)",
-        do="Use another feature net: colour is not dropped silently",
-    )
-
-
-def _pixels(x: Tensor) -> Tensor:
-    if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise DataError("These are neither images nor points", got=f"values of type {x.dtype}", want="uint8 or float")
-    if x.ndim < 2:
-        raise DataError(
-            "These are neither images nor points", got=f"shape {list(x.shape)}", want="[b, c, h, w] or [b, k]"
-        )
-    return _unit(x).flatten(1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1; floats as they are."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-
-
-def _needed(reference: Tensor | None, name: str) -> Tensor:
-    if reference is None or not len(reference):
-        raise DataError(f"The feature net {name} needs reference samples to be opened", got="none", want="at least 2")
-    return reference
 
 
 def _path(rest: str, kind: str) -> Path:
@@ -335,8 +334,3 @@ def _path(rest: str, kind: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"The weights file '{path}' of the feature net '{kind}' does not exist")
     return path
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,23 +1,13 @@
-"""Figures of a run: curves as inline SVG that follow the page's colours, and the step dial as one PNG.
-
-Curves are drawn by matplotlib in placeholder colours, each of which becomes a CSS variable, so that one
-picture serves a light and a dark page. Matplotlib is imported in :func:`_plotting` alone, when first needed.
-"""
+"""Figures of a run or of several: quality against evaluations, training curves, and the step dial as one PNG."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -25,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.codec import save_grid
 from fewstep.errors import DataError
+from fewstep.evaluation.measure import METRICS
 from fewstep.evaluation.pictures import (
     MOST_POINTS,
     Frame,
@@ -32,25 +23,25 @@ from fewstep.evaluation.pictures import (
     are_all_points,
     frame_of,
     inside,
-    is_teacher,
     model_order,
     printable,
     sample_grid,
 )
+from fewstep.evaluation.svg import (
+    BAND,
+    INK,
+    drawing,
+    evaluation_axis,
+    images_axis,
+    kinds_of,
+    plotting,
+    style_of,
+    value_axis,
+)
 
 MOST_CURVE_POINTS = 400
-
-_COLOURS = {
-    "#010203": "currentColor",
-    "#020304": "var(--line)",
-    "#030405": "var(--band)",
-    "#040506": "var(--teacher)",
-    "#050607": "var(--tuned)",
-    "#060708": "var(--third)",
-}
-_INK, _LINE, _BAND, _TEACHER, _TUNED, _THIRD = _COLOURS
-_PAPER = {_TEACHER: "#52606d", _TUNED: "#c2410c", _THIRD: "#2563eb"}
-_MARKERS = {_TEACHER: ("o", "--"), _TUNED: ("s", "-"), _THIRD: ("^", ":")}
+Interval = tuple[float, float]
+History = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +53,17 @@ class Row:
         nfe: network evaluations per sample.
         metrics: name with net and sample count -> value, as ``{"FD-pixels-2k": 0.89}``; the first one leads.
         samples_per_second: speed of sampling.
+        intervals: name -> 95 % interval of its value; a metric without one is left out.
     """
 
     model: str
     nfe: int
     metrics: dict[str, float]
     samples_per_second: float
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
-# --- what is drawn: pure functions ------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------
 
 
 def number(value: float) -> str:
@@ -86,6 +79,51 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
+def margin(value: float, interval: Interval | None) -> str:
+    """What stands behind a value: half of its interval to the value's own digits, or the interval's ends.
+
+    >>> margin(11.4, (11.1, 11.7)), margin(0.352, (0.3401, 0.3639)), margin(2.0, (1.5, 4.0)), margin(2.0, None)
+    ('± 0.30', '± 0.012', '1.50 to 4.00', '')
+    """
+    if interval is None or not all(math.isfinite(v) for v in (value, *interval)):
+        return ""
+    low, high = interval
+    if abs((value - low) - (high - value)) > 0.02 * (high - low):
+        return f"{number(low)} to {number(high)}"
+    half, size = (high - low) / 2, abs(value)
+    decimals = 0 if size >= 1000 else 2 if size >= 1 or size == 0 else 2 - math.floor(math.log10(size))
+    text = f"{half:.{decimals}f}" if decimals < 6 else f"{half:.2g}"
+    return f"± {text if float(text) else f'{half:.1g}'}"
+
+
+def overlap(one: Interval, other: Interval) -> bool:
+    """Whether two intervals have a point in common.
+
+    >>> overlap((0.1, 0.2), (0.2, 0.3)), overlap((0.1, 0.2), (0.21, 0.3))
+    (True, False)
+    """
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def leading_metric(rows: Iterable[Row]) -> str | None:
+    """The metric that captions and the verdict speak of: the first of the first row that has one."""
+    return next((name for row in rows for name in row.metrics), None)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Which way a number points, by the metric that its name begins with; unknown ones are distances, which fall."""
+    known = (m.label.lower() for m in METRICS.values() if m.higher_is_better)
+    return any(f"{metric.lower()}-".startswith(f"{label}-") for label in known)
+
+
+def evaluations(nfe: int) -> str:
+    """``1 evaluation``, ``2 evaluations``."""
+    return f"{nfe} evaluation{'' if nfe == 1 else 's'}"
+
+
+# --- what is drawn: pure functions ------------------------------------------------------------------
+
+
 def quality_series(rows: Iterable[Row], metric: str) -> dict[str, tuple[list[int], list[float]]]:
     """Per model: rising evaluations and the finite values of ``metric`` there; the last of doubles counts."""
     rows = list(rows)
@@ -98,9 +136,7 @@ def quality_series(rows: Iterable[Row], metric: str) -> dict[str, tuple[list[int
     return series
 
 
-def history_series(
-    history: Iterable[Mapping[str, float]], key: str, *, limit: int = MOST_CURVE_POINTS
-) -> tuple[list[float], list[float]]:
+def history_series(history: History, key: str, *, limit: int = MOST_CURVE_POINTS) -> tuple[list[float], list[float]]:
     """``images`` and ``key`` of the rows with both, finite; means of bins beyond ``limit`` rows."""
     pairs = [(row["images"], row[key]) for row in history if _finite(row, "images") and _finite(row, key)]
     if not pairs:
@@ -127,31 +163,44 @@ def loss_stages(
 # --- curves -----------------------------------------------------------------------------------------
 
 
-def quality_svg(rows: Sequence[Row], metric: str) -> str | None:
-    """Quality against network evaluations, one curve per model; None where nothing was measured."""
+def quality_svg(
+    rows: Sequence[Row], metric: str, kinds: Mapping[str, str] | None = None, *, name: str = "quality"
+) -> str | None:
+    """Quality against network evaluations with 95 % bars, one curve per model; None where nothing was measured.
+
+    Args:
+        kinds: model -> its colour, as in :func:`kinds_of`, which is the default.
+        name: tells figures of one metric on one page apart.
+    """
     series = quality_series(rows, metric)
     if not series:
         return None
+    kinds = kinds or kinds_of(list(series))
+    bars = {(row.model, row.nfe): row.intervals[metric] for row in rows if metric in row.intervals}
     said = "; ".join(
         f"{model}: " + ", ".join(f"{number(v)} at {nfe}" for nfe, v in zip(*points, strict=True))
         for model, points in series.items()
     )
-    with _axes(f"quality-{metric}", f"{metric} against network evaluations. {said}.") as (axes, drawn):
-        for model, (nfe, values) in series.items():
-            colour = _colour(model, list(series))
-            marker, dash = _MARKERS[colour]
-            axes.plot(nfe, values, color=colour, marker=marker, linestyle=dash, label=_label(model))
-        _evaluation_axis(axes, sorted({n for nfe, _ in series.values() for n in nfe}))
-        _value_axis(axes, [v for _, values in series.values() for v in values])
+    values = [v for _, found in series.values() for v in found]
+    with drawing(f"{name}-{metric}", f"{metric} against network evaluations. {said}.") as (axes, drawn):
+        for model, (nfe, found) in series.items():
+            style = style_of(kinds[model])
+            axes.plot(nfe, found, color=style.colour, marker=style.marker, linestyle=style.dash, label=_label(model))
+            for n, value in zip(nfe, found, strict=True):
+                low, high = bars.get((model, n), (value, value))
+                if high > low and math.isfinite(high - low):
+                    floor = min(values) / 4 if min(values) > 0 and not higher_is_better(metric) else low
+                    axes.vlines(n, max(low, floor), high, color=style.colour, linewidth=1.4)
+        evaluation_axis(axes, sorted({n for nfe, _ in series.values() for n in nfe}))
+        value_axis(axes, values)
         if higher_is_better(metric):
-            axes.set(yscale="linear", ylim=(0, 1.05))
-        axes.set_ylabel(f"{_label(metric)}, {'higher' if higher_is_better(metric) else 'lower'} is better")
+            axes.set(yscale="linear", ylim=(0, max(1.0, *values) * 1.05))
         if len(series) > 1:
-            axes.legend(frameon=False, labelcolor=_INK)
+            axes.legend(frameon=False, labelcolor=INK, fontsize=10)
     return drawn[0]
 
 
-def loss_svg(history: Sequence[Mapping[str, float]]) -> str | None:
+def loss_svg(history: History) -> str | None:
     """The loss against images seen, one piece and one band per stage; None without a loss."""
     stages = loss_stages(history)
     if not stages:
@@ -159,38 +208,72 @@ def loss_svg(history: Sequence[Mapping[str, float]]) -> str | None:
     first, last = stages[0][2][0], stages[-1][2][-1]
     count = f" in {len(stages)} stages" if stages[0][0] is not None else ""
     alt = f"Training loss over {number(stages[-1][1][-1])} images{count}: {number(first)} to {number(last)}."
-    with _axes("loss", alt) as (axes, drawn):
+    with drawing("loss", alt) as (axes, drawn):
         edges = [images[0] for _, images, _ in stages[1:]] + [stages[-1][1][-1]]
         start, span = stages[0][1][0], max(stages[-1][1][-1] - stages[0][1][0], 1)
         for i, ((stage, images, loss), end) in enumerate(zip(stages, edges, strict=True)):
-            axes.plot(images, loss, color=_TUNED, marker="." if len(loss) == 1 else "")
+            axes.plot(images, loss, color=style_of("tuned").colour, marker="." if len(loss) == 1 else "")
             if stage is not None and i % 2 == 0:
-                axes.axvspan(start, end, color=_BAND, linewidth=0, zorder=0)
+                axes.axvspan(start, end, color=BAND, linewidth=0, zorder=0)
             if stage is not None and end - start > 0.06 * span:
-                name = f"stage {stage}" if i == 0 and end - start > 0.1 * span else str(stage)
+                name = f"stage {stage}" if i == 0 and end - start > 0.14 * span else str(stage)
                 middle = (start + end) / 2
-                axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=9)
+                axes.text(middle, 1.02, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=10)
             start = end
-        _images_axis(axes)
-        _value_axis(axes, [v for _, _, loss in stages for v in loss])
-        axes.set_ylabel("loss")
+        images_axis(axes)
+        value_axis(axes, [v for _, _, loss in stages for v in loss])
     return drawn[0]
 
 
-def history_svg(history: Sequence[Mapping[str, float]], key: str, label: str) -> str | None:
+def history_svg(history: History, key: str, label: str) -> str | None:
     """One column of ``metrics.jsonl`` against images seen; None where no row has it."""
-    images, values = history_series(history, key)
+    return overlay_svg({"": history}, key, label, {"": "tuned"})
+
+
+def overlay_svg(histories: Mapping[str, History], key: str, label: str, kinds: Mapping[str, str]) -> str | None:
+    """One column of several histories in one figure, with a legend; None where no row has it."""
+    series = {name: history_series(history, key) for name, history in histories.items()}
+    series = {name: found for name, found in series.items() if found[0]}
+    if not series:
+        return None
+    ends = [
+        f"{f'{name}: ' if name else ''}{number(y[0])} to {number(y[-1])}, {number(x[-1])} images"
+        for name, (x, y) in series.items()
+    ]
+    with drawing(f"history-{key}", f"{label} over the images seen. {'; '.join(ends)}.") as (axes, drawn):
+        for name, (images, found) in series.items():
+            style, marker = style_of(kinds[name]), "." if len(found) == 1 else ""
+            dash = style.dash if len(series) > 1 else "-"
+            axes.plot(images, found, color=style.colour, marker=marker, linestyle=dash, label=_label(name))
+        _plain_axes(axes, [v for _, found in series.values() for v in found], log=key == "loss")
+        if len(series) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=10)
+    return drawn[0]
+
+
+def gap_svg(history: History) -> str | None:
+    """The nominal ratio r/t of the two times of a pair, and their gap (t - r)/t; None where no row has it."""
+    images, ratio = history_series(history, "r/t")
     if not images:
         return None
-    alt = f"{label} over {number(images[-1])} images: {number(values[0])} to {number(values[-1])}."
-    with _axes(key, alt) as (axes, drawn):
-        axes.plot(images, values, color=_TUNED, marker="." if len(values) == 1 else "")
-        _images_axis(axes)
-        axes.yaxis.set_major_formatter(_plotting().ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        axes.set_ylabel(label)
-        if min(values) >= 0:
-            axes.set_ylim(bottom=0, top=1.08 * max(values) or 1.0)
+    alt = f"r/t rises from {number(ratio[0])} to {number(ratio[-1])}; the gap (t - r)/t is 1 less that."
+    with drawing("gap", alt) as (axes, drawn):
+        for found, kind, label in ((ratio, "tuned", "r/t"), ([1 - v for v in ratio], "third", "(t - r)/t")):
+            style, marker = style_of(kind), "." if len(found) == 1 else ""
+            axes.plot(images, found, color=style.colour, linestyle=style.dash, marker=marker, label=label)
+        _plain_axes(axes, [1.0])
+        axes.legend(frameon=False, labelcolor=INK, fontsize=10)
     return drawn[0]
+
+
+def _plain_axes(axes: Any, values: Sequence[float], *, log: bool = False) -> None:
+    images_axis(axes)
+    if log:
+        value_axis(axes, values)
+        return
+    axes.yaxis.set_major_formatter(plotting().ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    if min(values) >= 0:
+        axes.set_ylim(bottom=0, top=1.08 * max(values) or 1.0)
 
 
 # --- the step dial as one PNG ------------------------------------------------------------------------
@@ -208,14 +291,13 @@ def step_dial_png(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) 
     models, steps = model_order(p.model for p in pictures), sorted({p.nfe for p in pictures})
     cells = {(p.model, p.nfe): p.images for p in pictures}
     frame = frame_of(torch.cat(list(cells.values()))) if are_all_points(cells.values()) else None
-    metric = leading_metric(rows)
-    plotting = _plotting()
-    with plotting.style({"text.color": "#1f2933", "axes.labelcolor": "#1f2933"}):
-        figure = plotting.Figure(figsize=(2.0 * len(steps) + 0.4, 2.35 * len(models) + 0.3), dpi=160)
+    metric, kinds, tools = leading_metric(rows), kinds_of(models), plotting()
+    with tools.style({"text.color": "#1f2933", "axes.labelcolor": "#1f2933"}):
+        figure = tools.Figure(figsize=(2.0 * len(steps) + 0.4, 2.35 * len(models) + 0.3), dpi=160)
         grid = figure.subplots(len(models), len(steps), squeeze=False)
         for (i, model), (j, nfe) in itertools.product(enumerate(models), enumerate(steps)):
             axes = grid[i, j]
-            _draw_cell(axes, cells.get((model, nfe)), frame, _PAPER[_colour(model, models)])
+            _draw_cell(axes, cells.get((model, nfe)), frame, style_of(kinds[model]).paper)
             if i == 0:
                 axes.set_title(evaluations(nfe), fontsize=11)
             if j == 0:
@@ -224,23 +306,8 @@ def step_dial_png(path: Path, pictures: Sequence[Picture], rows: Sequence[Row]) 
             if metric and value and nfe in value[0]:
                 axes.set_xlabel(f"{_label(metric)}  {number(value[1][value[0].index(nfe)])}", fontsize=9)
         figure.tight_layout()
-        pixels = plotting.pixels(figure)
+        pixels = tools.pixels(figure)
     save_grid(path, torch.from_numpy(pixels).permute(2, 0, 1)[None], scale=1, pad=0)
-
-
-def leading_metric(rows: Iterable[Row]) -> str | None:
-    """The metric that captions and the verdict speak of: the first of the first row that has one."""
-    return next((name for row in rows for name in row.metrics), None)
-
-
-def higher_is_better(metric: str) -> bool:
-    """Precision and recall rise with quality; every distance falls."""
-    return metric.lower().startswith(("precision", "recall"))
-
-
-def evaluations(nfe: int) -> str:
-    """``1 evaluation``, ``2 evaluations``."""
-    return f"{nfe} evaluation{'' if nfe == 1 else 's'}"
 
 
 def _draw_cell(axes: Any, images: Tensor | None, frame: Frame | None, colour: str) -> None:
@@ -266,114 +333,3 @@ def _finite(row: Mapping[str, float], key: str) -> bool:
 def _label(text: str) -> str:
     text = printable(text)
     return text if len(text) <= 40 else text[:39] + "…"
-
-
-def _colour(model: str, models: Sequence[str]) -> str:
-    if is_teacher(model):
-        return _TEACHER
-    others = [name for name in models if not is_teacher(name)]
-    return _TUNED if model == others[0] else _THIRD
-
-
-# --- matplotlib -------------------------------------------------------------------------------------
-
-
-def _plotting() -> SimpleNamespace:
-    """What is used of matplotlib: no pyplot, so no window and no state of the user's is touched."""
-    import matplotlib
-    from matplotlib import ticker
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    @contextmanager
-    def style(changes: Mapping[str, object]) -> Iterator[None]:
-        base = {"text.parse_math": False, "axes.unicode_minus": False, "savefig.facecolor": "white"}
-        settings: Any = {**base, **changes}
-        with warnings.catch_warnings(), matplotlib.rc_context(rc=settings):
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
-            yield
-
-    def pixels(figure: Any) -> np.ndarray:
-        canvas: Any = FigureCanvasAgg(figure)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-    return SimpleNamespace(Figure=Figure, ticker=ticker, style=style, pixels=pixels)
-
-
-@contextmanager
-def _axes(name: str, alt: str) -> Iterator[tuple[Any, list[str]]]:
-    """Axes to draw in; on leaving, the finished SVG is the one item of the list."""
-    plotting, drawn = _plotting(), list[str]()
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "fewstep",
-        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK),
-        **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _LINE),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-        "lines.linewidth": 1.8,
-        "axes.axisbelow": True,
-    }
-    with plotting.style(style):
-        figure = plotting.Figure(figsize=(4.6, 3.0), layout="constrained")
-        axes = figure.subplots()
-        axes.grid(axis="y", linewidth=0.7)
-        yield axes, drawn
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    drawn.append(_inline(file.getvalue(), name, alt))
-
-
-def _inline(svg: str, name: str, alt: str) -> str:
-    """Matplotlib's file as an element of a page: no addresses, ids of its own, the page's colours."""
-    prefix = f"f{zlib.crc32(name.encode('utf-8', 'backslashreplace')):08x}-"
-    root = ElementTree.fromstring(svg)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        element.attrib = {key: _on_page(key, value, prefix) for key, value in attributes.items()}
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == "style":
-                parent.remove(child)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": printable(alt)}
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _on_page(key: str, value: str, prefix: str) -> str:
-    if key == "id":
-        return prefix + value
-    if key in ("href", "clip-path"):
-        return value.replace("#", "#" + prefix)
-    for placeholder, colour in _COLOURS.items() if key == "style" else ():
-        value = value.replace(placeholder, colour)
-    return value
-
-
-def _evaluation_axis(axes: Any, counts: Sequence[int]) -> None:
-    ticker, shown = _plotting().ticker, list(counts[:1])
-    shown += [n for previous, n in itertools.pairwise(counts) if n >= 1.3 * previous or n == counts[-1]]
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.FixedLocator(shown))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda n, _: f"{n:.0f}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xlabel("network evaluations per sample")
-
-
-def _images_axis(axes: Any) -> None:
-    axes.xaxis.set_major_locator(_plotting().ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(_plotting().ticker.EngFormatter(sep=""))
-    axes.set_xlabel("images seen")
-
-
-def _value_axis(axes: Any, values: Sequence[float]) -> None:
-    """Logarithmic where every value is positive, with plain numbers as labels."""
-    ticker = _plotting().ticker
-    if min(values) > 0:
-        axes.set_yscale("log")
-        wide = max(values) >= 3 * min(values)
-        subs = (1.0,) if max(values) > 1000 * min(values) else (1.0, 2.0, 5.0)
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs) if wide else ticker.MaxNLocator(5))
-        axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}"))

@@ -6,13 +6,14 @@ All results are Python floats. Which features are compared is :mod:`fewstep.eval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import DataError
+from fewstep.evaluation.bootstrap import Estimate, evenly, half_samples, row_order, spread_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class StatsAccumulator:
         Raises:
             DataError: not ``[b, d]``, not finite, or of another dimension than before.
         """
-        x = _checked(features, least=0)
+        x = checked(features, least=0)
         if self._count and x.shape[1] != len(self._mean):
-            raise _other_dimension(len(self._mean), x.shape[1])
+            raise other_dimension(len(self._mean), x.shape[1])
         if not len(x):
             return
         if not self._count:
@@ -63,7 +64,7 @@ class StatsAccumulator:
             DataError: fewer than 2 samples were added.
         """
         if self._count < 2:
-            raise _too_few(self._count, 2)
+            raise too_few_samples(self._count, 2)
         return Stats(self._mean, self._scatter / (self._count - 1), self._count)
 
 
@@ -78,6 +79,63 @@ def gaussian_stats(features: Tensor) -> Stats:
     return accumulator.stats()
 
 
+class FrechetReference:
+    """One side of the Fréchet distance with the root R Rᵀ = S of its covariance factored once.
+
+    Args:
+        stats: mean and covariance of this side; the other sides come later, one by one.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        self.stats, self._root = stats, _root(stats.cov)
+
+    def distance(self, other: Stats) -> float:
+        """:func:`frechet_distance` to ``other``: |m - m'|² + tr S + tr S' - 2 Σ √λ_i(Rᵀ S' R).
+
+        Raises:
+            DataError: as :func:`frechet_distance`.
+        """
+        self._must_fit(len(other.mean))
+        root = self._root
+        mean, cov = other.mean.to(root), other.cov.to(root)
+        overlap = _root_sum(torch.linalg.eigvalsh(root.T @ cov @ root), rank=other.count - 1)
+        scale = float(self.stats.cov.trace() + cov.trace())
+        total = float((self.stats.mean - mean).square().sum()) + scale - 2 * overlap
+        if not total >= -1e-6 * scale:
+            raise DataError(
+                "The Fréchet distance is negative beyond rounding: one of the covariances is not a covariance",
+                got=f"{total:.6g} at a total variance of {scale:.6g}",
+                want="symmetric, no negative eigenvalues",
+            )
+        return max(total, 0.0)
+
+    def distances(self, rows: Tensor, subsets: Iterable[Tensor]) -> list[float]:
+        """Distances to subsets (index sets of >= 2) of ``rows [n, d]``, each without a covariance of its own:
+        Rᵀ S' R is the covariance of the rows Z = (x - m) R, which are projected once.
+
+        Raises:
+            DataError: another dimension than the reference, or features that are not finite.
+        """
+        x = checked(rows, least=2)
+        self._must_fit(x.shape[1])
+        x = x - self.stats.mean.to(x)
+        z, trace = x @ self._root.to(x), float(self.stats.cov.trace())
+        return [self._centred_distance(x[index], z[index], trace) for index in (s.to(x.device) for s in subsets)]
+
+    def _must_fit(self, dim: int) -> None:
+        if dim != len(self.stats.mean):
+            raise other_dimension(len(self.stats.mean), dim)
+
+    @staticmethod
+    def _centred_distance(x: Tensor, z: Tensor, trace: float) -> float:
+        gap, n = x.mean(0), len(x)
+        spread = float((x - gap).square().sum()) / (n - 1)
+        z = z - z.mean(0)
+        gram = z @ z.T if n <= z.shape[1] else z.T @ z
+        overlap = _root_sum(torch.linalg.eigvalsh(gram / (n - 1)), rank=n - 1)
+        return float(gap.square().sum()) + trace + spread - 2 * overlap
+
+
 def frechet_distance(a: Stats, b: Stats) -> float:
     """|m_a - m_b|² + tr S_a + tr S_b - 2 tr (S_a S_b)^½, in squared feature units.
 
@@ -89,21 +147,8 @@ def frechet_distance(a: Stats, b: Stats) -> float:
     Raises:
         DataError: different dimensions, or a covariance that is not one (a total below -1e-6·tr).
     """
-    if a.mean.shape != b.mean.shape:
-        raise _other_dimension(len(a.mean), len(b.mean))
     few, many = (a, b) if a.count <= b.count else (b, a)
-    mean, cov = many.mean.to(few.mean), many.cov.to(few.cov)
-    root = _root(few.cov)
-    overlap = torch.linalg.eigvalsh(root.T @ cov @ root).clamp_min(0).sqrt().sum()
-    scale = float(few.cov.trace() + cov.trace())
-    total = float((few.mean - mean).square().sum()) + scale - 2 * float(overlap)
-    if not total >= -1e-6 * scale:
-        raise DataError(
-            "The Fréchet distance is negative beyond rounding: one of the covariances is not a covariance",
-            got=f"{total:.6g} at a total variance of {scale:.6g}",
-            want="symmetric, no negative eigenvalues",
-        )
-    return max(total, 0.0)
+    return FrechetReference(few).distance(many)
 
 
 def mmd2_unbiased(x: Tensor, y: Tensor) -> float:
@@ -115,7 +160,7 @@ def mmd2_unbiased(x: Tensor, y: Tensor) -> float:
     Raises:
         DataError: fewer than 2 samples, different dimensions, or features that are not finite.
     """
-    x, y = _pair(x, y, least=2)
+    x, y = checked_pair(x, y, least=2)
     n, m = len(x), len(y)
     within_x = (_kernel_sum(x, x) - float(_cubic(x.square().sum(1), x.shape[1]).sum())) / (n * (n - 1))
     within_y = (_kernel_sum(y, y) - float(_cubic(y.square().sum(1), y.shape[1]).sum())) / (m * (m - 1))
@@ -123,9 +168,10 @@ def mmd2_unbiased(x: Tensor, y: Tensor) -> float:
 
 
 def kid(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of :func:`mmd2_unbiased` over random subsets without replacement.
+    """Mean and standard deviation of :func:`mmd2_unbiased` over random subsets: the published protocol.
 
-    Each of ``subsets`` draws takes ``min(size, n, m)`` rows of ``x [n, d]`` and of ``y [m, d]``.
+    Each of ``subsets`` draws takes ``min(size, n, m)`` rows of ``x [n, d]`` and of ``y [m, d]`` without
+    replacement, from the rows in :func:`row_order`: the order in which they were generated does not matter.
     Source: Bińkowski et al. 2018, section 4 (Kernel Inception Distance, there on Inception features).
 
     Raises:
@@ -133,7 +179,8 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int
     """
     if subsets < 1 or size < 2:
         raise DataError("KID needs at least 1 subset of at least 2", got=f"subsets={subsets}, size={size}")
-    x, y = _pair(x, y, least=2)
+    x, y = checked_pair(x, y, least=2)
+    x, y = x[row_order(x)], y[row_order(y)]
     size = min(size, len(x), len(y))
     rng = torch.Generator().manual_seed(seed)
 
@@ -142,6 +189,37 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int
 
     values = torch.tensor([mmd2_unbiased(draw(x), draw(y)) for _ in range(subsets)], dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
+
+
+def mmd2_spread(x: Tensor, y: Tensor, *, replicates: int, seed: int = 0, most: int = 5000) -> float:
+    """Standard deviation of :func:`mmd2_unbiased` at these sizes, from halves of ``x [n, d]`` and of ``y [m, d]``.
+
+    √(n'/n Var_halves(x) + m'/m Var_halves(y)), with kernels of n', m' <= ``most`` evenly spaced rows held once.
+    Where x and y follow one law the statistic is degenerate (its deviation falls as 1/n, not 1/√n) and the
+    spread is too wide, by at most √3.
+
+    Raises:
+        DataError: fewer than 4 samples, different dimensions, or features that are not finite.
+    """
+    if replicates == 0:
+        return 0.0
+    x, y = checked_pair(x, y, least=4)
+    a, b = x[evenly(len(x), most)], y[evenly(len(y), most)]
+    by_x = _one_sided_variance(a, b, replicates, seed) * len(a) / len(x)
+    return math.sqrt(by_x + _one_sided_variance(b, a, replicates, seed + 1) * len(b) / len(y))
+
+
+def _one_sided_variance(x: Tensor, y: Tensor, replicates: int, seed: int) -> float:
+    """Variance of the terms of mmd2 that hold x, over halves a of x: aᵀK a/(h(h-1)) - 2 aᵀ mean_j k(x, y_j)/h."""
+    n, dim = x.shape
+    chosen = x.new_zeros(replicates, n)
+    for row, index in zip(chosen, half_samples(n, replicates, seed), strict=True):
+        row[index.to(x.device)] = 1
+    within = _cubic(x @ x.T, dim).fill_diagonal_(0)
+    across = torch.cat([_cubic(part @ y.T, dim).mean(1) for part in torch.split(x, 1024)])
+    half = n // 2
+    values = ((chosen @ within) * chosen).sum(1) / (half * (half - 1)) - 2 * (chosen @ across) / half
+    return float(values.var())
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, *, directions: int = 256, seed: int = 0) -> float:
@@ -154,71 +232,64 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, directions: int = 256, seed: int
     Raises:
         DataError: fewer than 2 samples, ``directions`` < 1, different dimensions, not finite.
     """
+    return _sliced_wasserstein(x, y, [], directions, seed)[0]
+
+
+def sliced_wasserstein_estimate(
+    x: Tensor, y: Tensor, *, directions: int = 256, replicates: int = 50, seed: int = 0
+) -> Estimate:
+    """:func:`sliced_wasserstein` with the spread by :func:`half_samples` of ``y [m, d]``; x is fixed.
+
+    The directions are the same throughout; every set is projected and sorted once.
+
+    Raises:
+        DataError: as :func:`sliced_wasserstein`, or fewer than 4 samples in y.
+    """
+    halves = list(half_samples(len(y), replicates, seed))
+    value, *others = _sliced_wasserstein(x, y, halves, directions, seed)
+    return Estimate(value, spread_of(others))
+
+
+def _sliced_wasserstein(x: Tensor, y: Tensor, subsets: list[Tensor], directions: int, seed: int) -> list[float]:
+    """The distance of x to y, and to each of the subsets (row numbers) of y."""
     if directions < 1:
         raise DataError("The sliced Wasserstein distance needs at least 1 direction", got=directions)
-    x, y = _pair(x, y, least=2)
+    x, y = checked_pair(x, y, least=2)
     rng = torch.Generator().manual_seed(seed)
     theta = torch.randn(x.shape[1], directions, generator=rng, dtype=torch.float64)
     theta = (theta / theta.norm(dim=0)).to(x.device)
-    n, m = len(x), len(y)
+    masks = [torch.zeros(len(y), dtype=torch.bool).index_fill(0, index, True).to(x.device) for index in subsets]
+    totals = [0.0] * (1 + len(masks))
+    for part in torch.split(theta, 32, dim=1):
+        ahead, (behind, rows) = (part.T @ x.T).sort(1).values, (part.T @ y.T).sort(1)
+        totals[0] += _squared_gap(ahead, behind)
+        for number, mask in enumerate(masks, start=1):
+            totals[number] += _squared_gap(ahead, behind[mask[rows]].view(len(behind), -1))
+    return [math.sqrt(total / directions) for total in totals]
+
+
+def _squared_gap(x: Tensor, y: Tensor) -> float:
+    """Σ over the rows (sorted samples ``[k, n]`` and ``[k, m]``) of ∫ (Q_x(u) - Q_y(u))² du."""
+    n, m = x.shape[1], y.shape[1]
     steps = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n])  # in units of 1/(n m)
     ends = torch.unique(steps).to(x.device)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     widths = (ends - starts).double() / (n * m)
-    total = 0.0
-    for part in torch.split(theta, 32, dim=1):
-        gap = (x @ part).sort(0).values[starts // m] - (y @ part).sort(0).values[starts // n]
-        total += float(widths @ gap.square().sum(1))
-    return math.sqrt(total / directions)
+    gap = x[:, starts // m] - y[:, starts // n]
+    return float(gap.square().sum(0) @ widths)
 
 
-def precision_recall(real: Tensor, fake: Tensor, *, k: int = 3, chunk: int = 1024) -> tuple[float, float]:
-    """Shares of fakes inside the manifold of the reals, and of reals inside that of the fakes, in [0, 1].
-
-    A set's manifold is the union of closed balls around its points that reach the k-th nearest other
-    point. Ties count as inside. ``chunk`` rows of distances are held at a time.
-    Source: Kynkäänniemi et al. 2019, eqs. 1-3.
-
-    Raises:
-        DataError: not more than k samples, k < 1, different dimensions, or features that are not finite.
-    """
-    if k < 1 or chunk < 1:
-        raise DataError("Precision and recall need k >= 1 and chunk >= 1", got=f"k={k}, chunk={chunk}")
-    real, fake = _pair(real, fake, least=k + 1)
-    centre = real.mean(0)
-    real, fake = real - centre, fake - centre
-    tie = 1e-12 * float(torch.maximum(real.square().sum(1).max(), fake.square().sum(1).max()))
-    precision = _inside(fake, real, _radii(real, k, chunk) + tie, chunk)
-    return precision, _inside(real, fake, _radii(fake, k, chunk) + tie, chunk)
-
-
-def interval(
-    metric: Callable[[Tensor], float], x: Tensor, *, n_boot: int = 50, z: float = 1.96, seed: int = 0
-) -> tuple[float, float]:
-    """metric(x) ± z · (bootstrap standard deviation): the spread of the number at this sample size.
-
-    ``n_boot`` resamples of the rows of ``x [n, ...]`` with replacement give the standard deviation; the
-    interval is centred on the value itself, so a finite-sample bias (Fréchet) is neither doubled nor removed.
-    Source: Efron & Tibshirani 1993, section 13.2.
-
-    Raises:
-        DataError: fewer than 2 samples or fewer than 2 resamples.
-    """
-    if len(x) < 2 or n_boot < 2:
-        raise DataError("An interval needs at least 2 samples and 2 resamples", got=f"{len(x)} and {n_boot}")
-    rng = torch.Generator().manual_seed(seed)
-    draws = (torch.randint(len(x), (len(x),), generator=rng).to(x.device) for _ in range(n_boot))
-    spread = float(torch.tensor([metric(x[rows]) for rows in draws], dtype=torch.float64).std())
-    value = metric(x)
-    return value - z * spread, value + z * spread
+def _root_sum(eigenvalues: Tensor, rank: int) -> float:
+    """Σ √λ over the ``rank`` largest (all, if rank < 1): what rounding leaves of an exact 0 is not summed."""
+    top = eigenvalues[-rank:] if 0 < rank < len(eigenvalues) else eigenvalues
+    return float(top.clamp_min(0).sqrt().sum())
 
 
 def _root(cov: Tensor) -> Tensor:
     """R ``[d, r]`` with R Rᵀ = cov, on its support: eigenvalues above d·eps·λ_max."""
     values, vectors = torch.linalg.eigh(cov)
     keep = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    root: Tensor = vectors[:, keep] * values[keep].sqrt()
-    return root
+    return torch.mul(vectors[:, keep], values[keep].sqrt())
 
 
 def _cubic(dot: Tensor, dim: int) -> Tensor:
@@ -229,28 +300,16 @@ def _kernel_sum(x: Tensor, y: Tensor) -> float:
     return sum(float(_cubic(rows @ y.T, x.shape[1]).sum()) for rows in torch.split(x, 1024))
 
 
-def _squared_distances(rows: Tensor, points: Tensor) -> Tensor:
-    squares = rows.square().sum(1)[:, None] + points.square().sum(1)
-    return torch.addmm(squares, rows, points.T, alpha=-2).clamp_min(0)
+def checked(features: Tensor, least: int) -> Tensor:
+    """``features`` as float64 ``[n, d]``, n >= ``least`` (on the CPU where the device has no float64).
 
-
-def _radii(points: Tensor, k: int, chunk: int) -> Tensor:
-    """Squared distance to the k-th nearest other point: the (k+1)-th smallest, itself included."""
-    parts = (_squared_distances(rows, points) for rows in torch.split(points, chunk))
-    return torch.cat([distances.kthvalue(k + 1, dim=1).values for distances in parts])
-
-
-def _inside(queries: Tensor, points: Tensor, radii: Tensor, chunk: int) -> float:
-    hits = sum(int((_squared_distances(q, points) <= radii).any(1).sum()) for q in torch.split(queries, chunk))
-    return hits / len(queries)
-
-
-def _checked(features: Tensor, least: int) -> Tensor:
-    """``features`` as float64 ``[n, d]``, n >= ``least`` (on the CPU where the device has no float64)."""
+    Raises:
+        DataError: not ``[n, d]``, fewer than ``least`` rows, or features that are not finite.
+    """
     if features.ndim != 2 or features.shape[1] < 1:
         raise DataError("Features are not a table", got=f"shape {list(features.shape)}", want="[n, d]")
     if len(features) < least:
-        raise _too_few(len(features), least)
+        raise too_few_samples(len(features), least)
     x = (features.cpu() if features.device.type == "mps" else features).detach().double()
     if not bool(torch.isfinite(x).all()):
         rows = int((~torch.isfinite(x)).any(1).sum())
@@ -262,18 +321,25 @@ def _checked(features: Tensor, least: int) -> Tensor:
     return x
 
 
-def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    x, y = _checked(x, least), _checked(y, least)
+def checked_pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Both :func:`checked`, of one dimension, on the device of ``x``.
+
+    Raises:
+        DataError: as :func:`checked`, or different dimensions.
+    """
+    x, y = checked(x, least), checked(y, least)
     if x.shape[1] != y.shape[1]:
-        raise _other_dimension(x.shape[1], y.shape[1])
+        raise other_dimension(x.shape[1], y.shape[1])
     return x, y.to(x.device)
 
 
-def _too_few(got: int, least: int) -> DataError:
+def too_few_samples(got: int, least: int) -> DataError:
+    """The error for ``got`` samples where ``least`` are needed."""
     return DataError("There are too few samples for this metric", got=got, want=f"at least {least}")
 
 
-def _other_dimension(first: int, second: int) -> DataError:
+def other_dimension(first: int, second: int) -> DataError:
+    """The error for features of two dimensions."""
     return DataError(
         "The two sets of features differ in dimension",
         got=f"{first} and {second}",

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fewstep.checkpoint.store import write_text
 from fewstep.evaluation.figures import (
     Row,
     evaluations,
+    gap_svg,
     higher_is_better,
     history_svg,
     leading_metric,
     loss_svg,
+    margin,
     number,
-    quality_svg,
+    overlap,
     step_dial_png,
 )
-from fewstep.evaluation.pictures import (
-    MOST_SAMPLES,
-    Frame,
-    Picture,
-    are_all_points,
-    frame_of,
-    is_teacher,
-    model_order,
-    outside,
-    samples_png,
-    samples_svg,
-)
+from fewstep.evaluation.neighbours import Neighbours
+from fewstep.evaluation.page import fill, markup, metric_cards, neighbour_cells, sample_sections, speed, values_of
+from fewstep.evaluation.pictures import Picture, is_teacher, model_order
+from fewstep.evaluation.record import Record, read_record
+from fewstep.evaluation.summary import measured_of, summary_of, tables_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,16 +44,18 @@ __all__ = [
     "print_table",
     "quality_table",
     "render",
+    "report_of",
+    "report_run",
     "step_dial_png",
     "verdict",
     "write_report",
 ]
 
-PIXELS_OF_ALL_PICTURES = 900_000
-"""What keeps the page under 5 MB: noise costs 4 bytes a pixel as PNG in base64."""
-
 LOSS_NOTE = "ECT's loss is not a progress measure: it changes with every stage."
-_CURVES = (("r/t", "r/t"), ("lr", "learning rate"), ("images_per_second", "images per second"))
+MOST_COLUMNS = 5
+"""Metrics that stand side by side in a terminal; more stand below each other."""
+
+_CURVES = (("lr", "learning rate"), ("images_per_second", "images per second"))
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,15 @@ class ReportData:
         reference: real data in the form of ``Picture.images``.
         history: rows of ``metrics.jsonl`` with "images" and any of "loss", "stage", "r/t", "lr",
             "images_per_second"; rows that lack a key are left out of its curve.
-        command: the command that reproduces the run.
+        command: as it was typed.
         environment: versions and machine.
+        measured: pairs on how the numbers were measured: net, reference, samples, seeds.
+        neighbours: training images nearest to some samples.
+        again: the command that repeats the run from its directory.
+        settings: the text of config.yaml.
+        tables: further results, each with a title, a head and lines (the dial, early commits).
+        figures: (words, PNG) of further results.
+        missing: sentences on what is not here.
     """
 
     title: str
@@ -85,6 +89,49 @@ class ReportData:
     history: list[dict[str, float]]
     command: str
     environment: dict[str, str]
+    measured: list[tuple[str, str]] = field(default_factory=list)
+    neighbours: Neighbours | None = None
+    again: str = ""
+    settings: str = ""
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    figures: list[tuple[str, bytes]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def report_run(run: Path, out: Path | None = None) -> Record:
+    """Draw the page of a run from its directory alone, to ``out`` or to the run's ``report.html``.
+
+    Raises:
+        ConfigError: it is no run; CheckpointError: a file of it is damaged; StorageError: the disk refused.
+    """
+    record = read_record(run)
+    write_report(out or run / "report.html", report_of(record))
+    return record
+
+
+def report_of(record: Record) -> ReportData:
+    """What the page of a run shows."""
+    drawn = {name for name in record.figures if name != "step-dial" and name not in record.tables}
+    figures = [(f"Figure {name}", record.figures[name].read_bytes()) for name in sorted(drawn)]
+    if not record.pictures and "step-dial" in record.figures:
+        figures.append(("Samples by step count, drawn at the end of the run", record.figures["step-dial"].read_bytes()))
+    return ReportData(
+        title=_title(record),
+        summary=summary_of(record),
+        rows=record.rows,
+        pictures=record.pictures,
+        reference=record.reference,
+        history=record.history,
+        command=record.command,
+        environment=record.environment,
+        measured=measured_of(record.results),
+        neighbours=record.neighbours,
+        again=record.again,
+        settings=record.yaml,
+        tables=tables_of(record.tables),
+        figures=figures,
+        missing=record.missing,
+    )
 
 
 def write_report(path: Path, data: ReportData) -> None:
@@ -99,20 +146,51 @@ def write_report(path: Path, data: ReportData) -> None:
 
 def render(data: ReportData, written: datetime) -> str:
     """The page as text, a pure function of its arguments."""
-    import jinja2
-
-    template = resources.files("fewstep.evaluation").joinpath("templates", "report.html.j2")
-    engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    curves = [("loss", loss_svg(data.history)), ("gap of the two times of a pair", gap_svg(data.history))]
+    curves += [(label, history_svg(data.history, key, label)) for key, label in _CURVES]
+    staged = any("stage" in row for row in data.history)
     context = {
         "data": data,
-        "verdict": verdict(data.rows).replace(" -> ", "\u00a0→ "),
-        "table": _table(data.rows),
+        "title": data.title,
+        "verdict": _emphasised(verdict(data.rows)),
+        "cards": metric_cards(data.rows),
+        "intervals": any(row.intervals for row in data.rows),
+        "neighbours": neighbour_cells(data.neighbours),
+        "memorised": _memorised(data.rows),
+        "curves": markup(curves),
+        "loss_note": LOSS_NOTE if staged else None,
+        "tables": [table | {"svg": dict(markup([("", table["svg"])])).get("")} for table in data.tables],
+        "figures": [(name, "data:image/png;base64," + base64.b64encode(png).decode()) for name, png in data.figures],
         "when": f"{written:%Y-%m-%d %H:%M} UTC",
-        **_sample_sections(data),
-        **_curve_sections(data),
+        **sample_sections(data.pictures, data.reference, data.rows),
     }
-    page = engine.from_string(template.read_text(encoding="utf-8")).render(context)
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+    return fill("report.html.j2", context)
+
+
+def _emphasised(sentence: str) -> Any:
+    """The sentence with its change, ``before → after (by how much)``, set off."""
+    from markupsafe import Markup, escape
+
+    text = str(escape(sentence)).replace(" -&gt; ", "\u00a0→ ")
+    return Markup(re.sub(r"[^\s;]+\u00a0→ [^\s;]+(?: \([^()]*\))?", r"<b>\g<0></b>", text, count=1))
+
+
+def _title(record: Record) -> str:
+    verb = "Tuned" if record.job == "tune" else "Pretrained"
+    seen = record.facts.get("images_seen", record.config.get("images"))
+    data, recipe = record.config.get("data.source", "?"), record.config.get("recipe", "custom")
+    return f"{verb} on {data}: {f'{seen:,}' if isinstance(seen, int) else '?'} images, recipe {recipe}"
+
+
+def _memorised(rows: Sequence[Row]) -> list[str]:
+    """What the memorisation metric found for the few-step models (all models, where there is no such)."""
+    tuned = [row for row in rows if not is_teacher(row.model)] or rows
+    return [
+        f"{row.model}, {evaluations(row.nfe)}: {name} {number(value)} {margin(value, row.intervals.get(name))}".strip()
+        for row in tuned
+        for name, value in row.metrics.items()
+        if name.startswith("Memorised")
+    ]
 
 
 # --- the verdict and the table ----------------------------------------------------------------------
@@ -131,7 +209,7 @@ def verdict(rows: Sequence[Row]) -> str:
     metric = leading_metric(rows)
     if metric is None:
         return "No quality was measured in this run."
-    values = {model: _values(rows, model, metric) for model in model_order(row.model for row in rows)}
+    values = {model: values_of(rows, model, metric) for model in model_order(row.model for row in rows)}
     teacher = next((values[model] for model in values if is_teacher(model)), {})
     tuned = next((values[model] for model in values if not is_teacher(model)), {})
     shared = sorted(teacher.keys() & tuned.keys())
@@ -141,7 +219,8 @@ def verdict(rows: Sequence[Row]) -> str:
     before, after = teacher[nfe], tuned[nfe]
     steps = "One step" if nfe == 1 else evaluations(nfe).capitalize()
     change = f"{number(before)} -> {number(after)}{_change(before, after, metric)}"
-    return f"{steps}: {metric} {change} after tuning{_slow_teacher(teacher, nfe, after, metric)}."
+    doubt = _doubt(rows, nfe, metric)
+    return f"{steps}: {metric} {change} after tuning{doubt}{_slow_teacher(teacher, nfe, after, metric)}."
 
 
 def quality_table(rows: Sequence[Row]) -> Table:
@@ -149,12 +228,13 @@ def quality_table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    content = _table(rows)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    head, lines = _wide(rows, metrics) if len(metrics) <= MOST_COLUMNS else _long(rows, metrics)
     table = Table()
-    for i, name in enumerate(content["head"]):
+    for i, name in enumerate(head):
         table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
-    for line in content["lines"]:
-        table.add_row(*(Text(cell) for cell in line["cells"]))
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
     return table
 
 
@@ -163,31 +243,40 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     console.print(quality_table(rows))
 
 
-def _table(rows: Sequence[Row]) -> dict[str, Any]:
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+def _wide(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """A line per model and number of evaluations, a column per metric."""
     order = model_order(row.model for row in rows)
     lines = [
-        {
-            "kind": _kind(row.model),
-            "cells": [
-                row.model,
-                str(row.nfe),
-                *(number(row.metrics[name]) if name in row.metrics else "–" for name in metrics),
-                _speed(row.samples_per_second),
-            ],
-        }
+        [row.model, str(row.nfe), *(_cell(row, name) for name in metrics), speed(row.samples_per_second)]
         for row in sorted(rows, key=lambda row: (order.index(row.model), row.nfe))
     ]
-    arrows = [f"{name}\u00a0{'↑' if higher_is_better(name) else '↓'}" for name in metrics]
-    return {"head": ["Model", "Evaluations", *arrows, "Samples/s"], "lines": lines}
+    return ["Model", "Evaluations", *(_arrow(name) for name in metrics), "Samples/s"], lines
 
 
-def _speed(value: float) -> str:
-    return f"{value:,.0f}" if 10 <= value < math.inf else number(value)
+def _long(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """A line per metric and model, a column per number of evaluations."""
+    steps, models = sorted({row.nfe for row in rows}), model_order(row.model for row in rows)
+    cells = {(row.model, row.nfe): row for row in rows}
+    lines = []
+    for name in metrics:
+        for i, model in enumerate(models):
+            found = [cells.get((model, nfe)) for nfe in steps]
+            lines.append([_arrow(name) if i == 0 else "", model, *(_cell(row, name) if row else "–" for row in found)])
+    for i, model in enumerate(models):
+        speeds = [cells.get((model, nfe)) for nfe in steps]
+        found_speeds = [speed(row.samples_per_second) if row else "–" for row in speeds]
+        lines.append(["Samples/s" if i == 0 else "", model, *found_speeds])
+    return ["Metric", "Model", *(evaluations(nfe) for nfe in steps)], lines
 
 
-def _values(rows: Sequence[Row], model: str, metric: str) -> dict[int, float]:
-    return {row.nfe: row.metrics[metric] for row in rows if row.model == model and metric in row.metrics}
+def _cell(row: Row, name: str) -> str:
+    if name not in row.metrics:
+        return "–"
+    return f"{number(row.metrics[name])} {margin(row.metrics[name], row.intervals.get(name))}".strip()
+
+
+def _arrow(name: str) -> str:
+    return f"{name}\u00a0{'↑' if higher_is_better(name) else '↓'}"
 
 
 def _change(before: float, after: float, metric: str) -> str:
@@ -199,6 +288,15 @@ def _change(before: float, after: float, metric: str) -> str:
     way = "higher" if rose else "lower"
     much = f"{100 * abs(after / before - 1):.0f} %" if ratio < 1.95 else f"{ratio:.{0 if ratio >= 100 else 1}f} times"
     return f" ({much} {way}{'' if rose == higher_is_better(metric) else ', which is worse'})"
+
+
+def _doubt(rows: Sequence[Row], nfe: int, metric: str) -> str:
+    """Says so where the intervals of the two models overlap."""
+    teacher = [row for row in rows if row.nfe == nfe and metric in row.intervals and is_teacher(row.model)]
+    tuned = [row for row in rows if row.nfe == nfe and metric in row.intervals and not is_teacher(row.model)]
+    if teacher and tuned and overlap(teacher[0].intervals[metric], tuned[0].intervals[metric]):
+        return ", which decides nothing: the 95 % intervals overlap"
+    return ""
 
 
 def _slow_teacher(teacher: Mapping[int, float], nfe: int, tuned: float, metric: str) -> str:
@@ -222,69 +320,3 @@ def _listed(model: str, values: Mapping[int, float], metric: str) -> str:
     first, best = min(values), _best(values, metric)
     text = f"{model} {number(values[first])} with {evaluations(first)}"
     return text if best in (None, first) else f"{text}, {number(values[best])} with {evaluations(best)}"
-
-
-# --- parts of the page ------------------------------------------------------------------------------
-
-
-def _sample_sections(data: ReportData) -> dict[str, Any]:
-    """The step dial (a cell per model and number of evaluations) and the real data."""
-    pictures = [picture for picture in data.pictures if len(picture.images)]
-    real = data.reference if data.reference is not None and len(data.reference) else None
-    tensors = [picture.images for picture in pictures] + ([] if real is None else [real])
-    frame = frame_of(torch.cat(tensors) if real is None else real) if are_all_points(tensors) else None
-    most = int((PIXELS_OF_ALL_PICTURES / max(len(tensors), 1)) ** 0.5)
-    models = model_order(picture.model for picture in pictures)
-    steps = sorted({picture.nfe for picture in pictures})
-    shown = min([MOST_SAMPLES, *(len(picture.images) for picture in pictures)])
-    metric = leading_metric(data.rows)
-    cells = {}
-    for picture in pictures:
-        images = picture.images if frame else picture.images[:shown]
-        values = _values(data.rows, picture.model, metric) if metric else {}
-        cells[picture.model, picture.nfe] = {
-            **_drawn(images, frame, most, _kind(picture.model), f"{picture.model}, {evaluations(picture.nfe)}"),
-            "metric": metric if picture.nfe in values else None,
-            "value": number(values[picture.nfe]) if picture.nfe in values else None,
-        }
-    return {
-        "models": [(name, _kind(name)) for name in models],
-        "steps": [(nfe, evaluations(nfe)) for nfe in steps],
-        "cells": cells,
-        "cut": sum(outside(images, frame) for images in tensors) if frame else 0,
-        "real": None if real is None else _drawn(real, frame, most, "real", "real data"),
-    }
-
-
-def _drawn(images: Tensor, frame: Frame | None, most: int, kind: str, name: str) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    if frame is not None:
-        alt = f"{len(images)} points of {name}"
-        return {"svg": Markup(samples_svg(images, frame, colour=kind, alt=alt)), "alt": alt}
-    address, enlarged = samples_png(images, most=most)
-    return {"svg": None, "address": address, "enlarged": enlarged, "alt": f"Samples: {name}"}
-
-
-def _curve_sections(data: ReportData) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    metrics = dict.fromkeys(name for row in data.rows for name in row.metrics)
-    quality = [quality_svg(data.rows, name) for name in metrics]
-    loss = loss_svg(data.history)
-    training = [history_svg(data.history, key, label) for key, label in _CURVES]
-    staged = any("stage" in row for row in data.history)
-    return {
-        "quality": _markup(quality, Markup),
-        "loss": _markup([loss], Markup),
-        "loss_note": LOSS_NOTE if staged else None,
-        "training": _markup(training, Markup),
-    }
-
-
-def _markup(figures: Iterable[str | None], markup: Any) -> list[Any]:
-    return [markup(svg) for svg in figures if svg is not None]
-
-
-def _kind(model: str) -> str:
-    return "teacher" if is_teacher(model) else "tuned"

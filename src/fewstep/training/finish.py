@@ -1,31 +1,36 @@
-"""The end of a run: the model directory, the table, the report."""
+"""The end of a run: the model directory, the table, and what its report is drawn from."""
 
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import platform
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewstep.checkpoint.model import save_model
 from fewstep.checkpoint.store import write_json
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
-from fewstep.evaluation.evaluate import Reference, draw_labels, evaluate, open_reference, to_host
-from fewstep.evaluation.report import Picture, ReportData, Row, step_dial_png, write_report
+from fewstep.evaluation.evaluate import draw_labels, evaluate, open_reference, to_host
+from fewstep.evaluation.features import FeatureNet
+from fewstep.evaluation.neighbours import NEAREST, Neighbours, find_neighbours
+from fewstep.evaluation.record import TEACHER, TUNED, write_record
+from fewstep.evaluation.report import Picture, report_run, step_dial_png
 from fewstep.sampling import ode_sample_nfe, sample
-from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory, read_history
+from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory
 from fewstep.training.trainer import Trainer
-
-TEACHER, TUNED = "teacher (diffusion)", "tuned"
 
 
 def finish(
     trainer: Trainer, teacher: Denoiser | None, run: Path, watcher: Watcher, command: str
 ) -> dict[str, Any] | None:
-    """Write ``model/``, evaluate model and teacher, write ``results.json`` and ``report.html``."""
+    """Write ``model/``, evaluate model and teacher, write ``results.json`` and what the report needs, draw it."""
     config = trainer.config
     model = trainer.averages[0]
     provenance = {
@@ -36,47 +41,37 @@ def finish(
     }
     save_model(model, run / "model", provenance)
     watcher.saved(run / "model")
-    rows: list[Row] = []
     pictures: list[Picture] = []
-    results = None
+    results, net = None, None
     if config.eval.samples > 0:
-        reference = open_reference(
-            trainer.source, config.eval.features, samples=config.eval.samples, device=model.device
-        )
-        results = _evaluate(trainer, teacher, model, reference, watcher, rows, pictures)
+        results, net = _evaluate(trainer, teacher, model, watcher, pictures)
         write_json(run / "results.json", results)
         watcher.saved(run / "results.json")
     elif config.job == "tune":
         pictures += [_picture(trainer, TUNED, model, "consistency", n) for n in GRID_STEPS]
-    data = ReportData(
-        title=_title(trainer),
-        summary=_summary(trainer, teacher),
-        rows=rows,
+    write_record(
+        run,
+        facts=_facts(trainer),
+        command=with_seed(command, config.seed),
+        environment=environment(trainer.world.device),
         pictures=pictures,
         reference=_real(trainer.source, config.output.grid),
-        history=read_history(run),
-        command=command,
-        environment=environment(trainer.world.device),
+        neighbours=_neighbours(trainer, pictures, net),
     )
-    write_report(run / "report.html", data)
+    record = report_run(run)
     watcher.saved(run / "report.html")
     if pictures:
-        step_dial_png(run / "samples" / "step-dial.png", pictures, rows)
+        step_dial_png(run / "samples" / "step-dial.png", pictures, record.rows)
         watcher.saved(run / "samples" / "step-dial.png")
     return results
 
 
 def _evaluate(
-    trainer: Trainer,
-    teacher: Denoiser | None,
-    model: Denoiser,
-    reference: Reference,
-    watcher: Watcher,
-    rows: list[Row],
-    pictures: list[Picture],
-) -> dict[str, Any]:
-    """Rows and pictures of the teacher's solver and of the tuned model (or of the pretrained one alone)."""
+    trainer: Trainer, teacher: Denoiser | None, model: Denoiser, watcher: Watcher, pictures: list[Picture]
+) -> tuple[dict[str, Any], FeatureNet]:
+    """Results and pictures of the teacher's solver and of the tuned model (or of the pretrained one alone)."""
     config, out = trainer.config, {}
+    reference = open_reference(trainer.source, config.eval.features, split=config.data.split, device=model.device)
     tuning = config.job == "tune"
     diffusion = teacher.to(model.device) if teacher is not None else None if tuning else model
     jobs = [(TEACHER, diffusion, "ode", config.eval.teacher_nfe)] if diffusion is not None else []
@@ -84,14 +79,13 @@ def _evaluate(
     for name, denoiser, solver, steps in jobs:
 
         def show(row: dict[str, Any], name: str = name) -> None:
-            rows.append(Row(name, row["nfe"], row["metrics"], row["samples_per_second"]))
             watcher.evaluated(row | {"model": name})
 
         out[name] = evaluate(
             denoiser, reference, steps=steps, solver=solver, samples=config.eval.samples, seed=config.seed, on_row=show
         )
         pictures += [_picture(trainer, name, denoiser, solver, n) for n in steps]
-    return out
+    return out, reference.net
 
 
 def _picture(trainer: Trainer, name: str, denoiser: Denoiser, solver: str, nfe: int) -> Picture:
@@ -110,42 +104,73 @@ def _real(source: Source, n: int) -> torch.Tensor:
     return source.read(index)
 
 
-def _title(trainer: Trainer) -> str:
-    verb = "Tuned" if trainer.config.job == "tune" else "Pretrained"
-    return f"{verb} on {trainer.source.name}: {trainer.images_seen:,} images, recipe {trainer.config.recipe}"
+def _neighbours(trainer: Trainer, pictures: list[Picture], net: FeatureNet | None) -> Neighbours | None:
+    """Of the tuned model's samples with the fewest steps; of a pretrained model's with the most."""
+    tuned = [picture for picture in pictures if picture.model == TUNED]
+    shown = min(tuned, key=lambda p: p.nfe) if tuned else max(pictures, key=lambda p: p.nfe, default=None)
+    if shown is None or not trainer.source.is_images or len(trainer.source) <= NEAREST:
+        return None
+    return find_neighbours(shown.images, trainer.source, net, device=trainer.world.device)
 
 
-def _summary(trainer: Trainer, teacher: Denoiser | None) -> list[tuple[str, str]]:
-    config = trainer.config
-    parameters = sum(p.numel() for p in trainer.student.parameters())
-    rows = [
-        ("Objective", config.objective.kind),
-        ("Recipe", f"{config.recipe} ({config.note})" if config.note else config.recipe),
-        ("Data", f"{trainer.source.name}, {len(trainer.source):,} samples of {tuple(trainer.source.shape)}"),
-        ("Network", f"{parameters / 1e6:.2f} M parameters"),
-        ("Images seen", f"{trainer.images_seen:,} in batches of {config.batch_size}"),
-        ("Seed", str(config.seed)),
-        ("Processes", str(trainer.world.size)),
-        ("Peak memory", f"{peak_memory(trainer.world.device) / 2**20:.0f} MiB"),
-    ]
-    if teacher is not None:
-        rows.insert(0, ("Teacher", config.teacher))
-    return rows
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    """What config.yaml does not say about the run."""
+    return {
+        "images_seen": trainer.images_seen,
+        "parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "dataset": {"count": len(trainer.source), "shape": [int(side) for side in trainer.source.shape]},
+        "processes": trainer.world.size,
+        "peak_memory": peak_memory(trainer.world.device),
+        "teacher": known_of(Path(trainer.config.teacher)) if trainer.config.teacher else {},
+    }
+
+
+def known_of(teacher: Path) -> dict[str, Any]:
+    """Provenance and sha256 of the weights of a model or run directory; empty for anything else."""
+    for folder in (teacher, teacher / "model"):
+        config, weights = folder / "config.json", folder / "model.safetensors"
+        if config.is_file() and weights.is_file():
+            with weights.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"provenance": json.loads(config.read_text(encoding="utf-8")).get("provenance") or {}} | {
+                "sha256": digest
+            }
+    return {}
+
+
+def with_seed(command: str, seed: int) -> str:
+    """The command as typed, with the seed if it was left out; empty for a resumed run, which it would not repeat.
+
+    >>> with_seed("fewstep demo --out run", 0), with_seed("fewstep resume run", 0)
+    ('fewstep demo --out run --seed 0', '')
+    """
+    words = shlex.split(command)
+    if not words or "resume" in words[:2]:
+        return ""
+    return command if any(word.split("=")[0] == "--seed" for word in words) else f"{command} --seed {seed}"
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """Where the numbers come from."""
     from fewstep import __version__
 
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    )
     return {
         "fewstep": __version__,
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "python": platform.python_version(),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": str(torch.get_num_threads()),
+        "system": platform.platform(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def processor() -> str:
+    """The model of the CPU, as Linux tells it; elsewhere its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {names[0] if names else platform.machine()}"

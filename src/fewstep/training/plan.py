@@ -16,8 +16,8 @@ from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig
 from fewstep.training.feed import Feed
 from fewstep.training.trainer import Trainer, autocast, set_dropout
-from fewstep.world import World
 from fewstep.types import Progress
+from fewstep.world import World
 
 PROBE_IMAGES = 2
 

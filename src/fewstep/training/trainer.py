@@ -21,8 +21,8 @@ from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig, StudentConfig
 from fewstep.training.feed import Feed
 from fewstep.training.optim import learning_rate, make_optimizer, sanitise
-from fewstep.world import World
 from fewstep.types import Batch, Progress
+from fewstep.world import World
 
 
 @dataclass(frozen=True)
