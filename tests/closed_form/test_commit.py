@@ -116,12 +116,12 @@ def test_a_sample_does_not_depend_on_its_batch(rule: str) -> None:
 def test_the_signs_of_a_probe_belong_to_its_sample() -> None:
     """One probe of six correlated values is noisy, so that a sample's cost tells which signs it was given."""
     denoiser = as_denoiser(Gaussian.random(6).denoise, 6)
-    whole = commit_sample(denoiser, 40, nodes=36, tol=0.1, probes=1)
-    assert len({*whole.nfe.tolist()}) > 3
-    parts = commit_sample(denoiser, 40, nodes=36, tol=0.1, probes=1, batch_size=1)
+    whole = commit_sample(denoiser, 40, nodes=36, tol=0.2, probes=1)
+    assert len({*whole.nfe.tolist()}) > 2
+    parts = commit_sample(denoiser, 40, nodes=36, tol=0.2, probes=1, batch_size=1)
     assert torch.equal(parts.nfe, whole.nfe)
     assert torch.equal(parts.stopped_at, whole.stopped_at)
-    other = commit_sample(denoiser, 40, nodes=36, tol=0.1, probes=1, seed=1)
+    other = commit_sample(denoiser, 40, nodes=36, tol=0.2, probes=1, seed=1)
     assert not torch.equal(other.nfe, whole.nfe)
 
 

@@ -48,8 +48,8 @@ def stand_in_weights(path: Path) -> dict[str, Tensor]:
     common /= common.norm()
     net.fc.weight -= (net.fc.weight @ common)[:, None] * common  # logits that differ from image to image
     nn.init.normal_(net.fc.bias, 0, 3.0)  # large, so that forgetting to leave it out shows
-    state = net.state_dict()
-    torch.save(state, path)
+    state = {k: v.contiguous() for k, v in net.state_dict().items() if "num_batches_tracked" not in k}
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # a plain dict in the older layout, as published
     return state
 
 

@@ -69,6 +69,11 @@ def two(a: dict[str, Any], b: dict[str, Any], **changes: Any) -> list[Record]:
             False,
             {"A": "best"},
         ),
+        (
+            {"A": (1.0, (0.9, 1.1)), "B": (2.0, (1.9, 2.1)), "C": (3.0, (1.0, 5.0))},
+            False,
+            {"A": "undecided", "C": "undecided"},
+        ),
         ({"A": (1.0, None), "B": (2.0, (1.9, 2.1))}, False, {"A": "unproven"}),
         ({"A": (1.0, (0.9, 1.1)), "B": (2.0, None)}, True, {"B": "unproven"}),
         ({"A": (1.0, (1.0, 1.0)), "B": (1.0, (1.0, 1.0))}, False, {"A": "undecided", "B": "undecided"}),
@@ -134,6 +139,12 @@ def test_pretrained_models_are_the_runs_themselves() -> None:
         (
             result({1: 1.0}, spread=None),
             result({1: 1.5}, spread=None),
+            "One step: A has the lowest FD-Pixels-2k, 1.00; B has 1.50 (50 % higher); "
+            "without an interval this may be chance.",
+        ),
+        (
+            result({1: 1.0}, spread=0.0),
+            result({1: 1.5}, spread=0.0),
             "One step: A has the lowest FD-Pixels-2k, 1.00; B has 1.50 (50 % higher); "
             "without an interval this may be chance.",
         ),

@@ -171,9 +171,10 @@ class Payload:
 def test_a_pickle_that_runs_code_is_refused_before_it_runs(tmp_path: Path) -> None:
     trace, path = tmp_path / "it ran", tmp_path / "weights.pth"
     torch.save({"fc.weight": torch.zeros(2), "x": Payload(trace)}, path)
+    torch.save({"x": Payload(trace)}, tmp_path / "older.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(trace)))
-    for file in (path, tmp_path / "plain.pth"):
-        with pytest.raises(CheckpointError, match=r"is not a readable file of plain tensors\. Got: UnpicklingError"):
+    for file in (path, tmp_path / "older.pth", tmp_path / "plain.pth"):
+        with pytest.raises(CheckpointError, match=r"is not a readable file of plain tensors\. Got: UnsafePickleError"):
             open_features(f"inception:{file}")
     assert not trace.exists()
 
@@ -194,9 +195,7 @@ def damaged(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["zip", "list", "nested", "empty", "text", "cut"])
 def test_damaged_inception_files_are_one_clear_sentence(tmp_path: Path, kind: str) -> None:
     path = damaged(kind, tmp_path / "weights.pth")
-    with pytest.raises(
-        CheckpointError, match=r"(is not a readable file of plain tensors|does not hold tensors by name)"
-    ):
+    with pytest.raises(CheckpointError, match="is not a readable file of plain tensors"):
         open_features(f"inception:{path}")
     path = damaged("text", tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError, match="is not a readable file of plain tensors"):

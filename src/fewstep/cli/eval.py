@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -11,7 +11,6 @@ from cyclopts.validators import Number
 from fewstep.cli.options import (
     BatchSize,
     Channels,
-    DataOption,
     Device,
     Json,
     Network,
@@ -24,28 +23,55 @@ from fewstep.cli.options import (
 
 
 def eval(
-    model: Annotated[str, Parameter(help="A run or model directory; or file.py:function.")],
+    model: Annotated[
+        str,
+        Parameter(
+            help="A run or model directory; file.py:function; a diffusers pipeline (a folder or hub id); or images "
+            "made elsewhere: a folder, .zip or .npz."
+        ),
+    ],
     /,
     *,
-    data: DataOption,
-    steps: Annotated[str, Parameter(help="Numbers of network evaluations.")] = "1,2,4,8",
+    data: Annotated[
+        str,
+        Parameter(
+            help="The real data: digits, tiles, a folder, .zip or .npz of images, or EDM's .npz of statistics (mu and "
+            "sigma)."
+        ),
+    ],
+    steps: Annotated[str, Parameter(help="Numbers of network evaluations (of a pipeline: its own steps).")] = "1,2,4,8",
     samples: Annotated[
         int,
         Parameter(
             name=["--samples", "-n"],
             validator=Number(gte=2),
-            help="Samples per step count; part of every number's name.",
+            help="Samples per step count; part of every number's name. Of image files all are taken.",
         ),
     ] = 5000,
     features: Annotated[
         str,
         Parameter(
-            help="pixels, pca:K, mnist-cnn:PATH, mobilenet:PATH, a TorchScript file, or package.module:callable. "
-            "auto: pixels up to 256 values per sample, else pca:64."
+            help="inception[:PATH], dinov2[:PATH_OR_ID], clip[:PATH_OR_ID], mobilenet:PATH, mnist-cnn:PATH, pixels, "
+            "pca:K, a TorchScript file, or package.module:callable. auto: pixels up to 256 values per sample, else "
+            "pca:64."
         ),
     ] = "auto",
-    metrics: Annotated[str, Parameter(help="Of fd, kid, sw2, precision, recall.")] = "fd,kid,sw2,precision,recall",
+    metrics: Annotated[
+        str,
+        Parameter(
+            help="Of fd, fd_inf, kid, sw2, precision, recall, density, coverage, memorised, is, class. auto: all of these "
+            "but fd_inf, as far as model, data and features allow; all: fd_inf too."
+        ),
+    ] = "auto",
     sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",
+    teacher: Annotated[
+        str | None, Parameter(help="Also measure this diffusion model, and how far the model agrees with its ODE.")
+    ] = None,
+    teacher_nfe: Annotated[str, Parameter(help="Network evaluations of the teacher's solver.")] = "35",
+    repeats: Annotated[int, Parameter(validator=Number(gte=1), help="Repeat with so many seeds: --seed and on.")] = 1,
+    replicates: Annotated[
+        int, Parameter(validator=Number(gte=0), help="Half-samples behind each 95 % interval; 0: no intervals.")
+    ] = 50,
     resize: Resize = None,
     channels: Channels = None,
     split: Split = "train",
@@ -58,61 +84,33 @@ def eval(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Measure a model at several step counts against real data.
+    """Measure a model, or images made elsewhere, against real data.
 
-    Every number is named after its metric, feature net and sample count. The reference statistics of the Fréchet
-    distance come from all of the data; the other metrics use evenly spaced rows of it, as many as samples.
-    fd: Fréchet distance; kid: kernel distance; sw2: sliced Wasserstein distance; precision and recall: shares of
-    samples among the data and of data among the samples.
+    Every number is named after its metric, feature net and sample count, and comes with a 95 % interval; the result
+    (--json, --out) says the net's hash, the reference, the sampler's times and the seed. Compare numbers of one name
+    and one reference only. "FID-50k" is printed for the published Inception weights, 50,000 samples and the full
+    training set, and for nothing else.
+
+    fd: Fréchet distance; fd_inf: the same, extrapolated to infinitely many samples; kid: kernel distance; sw2: sliced
+    Wasserstein distance; precision and density: are the samples like the data; recall and coverage: is all of the data
+    there; memorised: share of samples nearer to a training image than these are to each other; is: Inception score;
+    class: share of samples recognised as the class asked for.
 
     For example:
 
     ```
-    fewstep eval run --data photos.zip --steps 1,2,4 -n 5000 --features pca:64
-    fewstep eval teacher --data photos.zip --steps 35 --sampler ode --json > teacher.json
+    fewstep eval run --data photos.zip --steps 1,2,4 -n 5000 --features dinov2
+    fewstep eval run --data photos.zip --teacher teacher --teacher-nfe 8,35 --repeats 5
+    fewstep eval samples.zip --data photos.zip --features inception --metrics fd,kid
+    torchrun --nproc-per-node 8 -m fewstep eval run --data cifar10-32x32.npz --features inception -n 50000 --steps 1,2
     ```
     """
-    from fewstep.checkpoint.store import write_json
-    from fewstep.cli.options import open_model
-    from fewstep.cli.write import parse_numbers
-    from fewstep.data import open_source
-    from fewstep.errors import ConfigError
-    from fewstep.evaluation import evaluate
-    from fewstep.evaluation.report import Row, print_table
-    from fewstep.runs import check_shape
+    from fewstep.cli.evaluation import Request, run
 
-    output = Output(quiet, json)
-    counts = parse_numbers(steps, "--steps", int)
-    chosen = [m.strip() for m in metrics.split(",") if m.strip()]
-    if not chosen:
-        raise ConfigError("--metrics is empty", want="for example fd,kid")
-    denoiser = open_model(model, weights, network, device)
-    source = open_source(data, resize=resize, channels=channels, split=split)
-    check_shape(denoiser, source)
-
-    def show(row: dict[str, Any]) -> None:
-        output.say(f"  steps {row['steps']}: " + "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items()))
-
-    output.say(f"{model} against {source.name} ({len(source):,} samples)")
-    results = evaluate(
-        denoiser,
-        source,
-        steps=counts,
-        solver=sampler,
-        metrics=chosen,
-        features=features,
-        samples=samples,
-        seed=seed or 0,
-        batch_size=batch_size,
-        on_row=show,
-    )
-    results["model"] = model
-    if output.speaks:
-        name = "teacher (diffusion)" if sampler == "ode" else Path(model).name
-        print_table(
-            [Row(name, r["nfe"], r["metrics"], r["samples_per_second"]) for r in results["rows"]], output.console
-        )
-    output.result(results)
-    if out is not None:
-        write_json(out, results)
-    return 0
+    request = Request(
+        model=model, data=data, steps=steps, samples=samples, features=features, metrics=metrics, sampler=sampler,
+        teacher=teacher, teacher_nfe=teacher_nfe, repeats=repeats, replicates=replicates, resize=resize,
+        channels=channels, split=split, weights=weights, out=out, batch_size=batch_size, network=network,
+        seed=seed or 0, device=device,
+    )  # fmt: skip
+    return run(request, Output(quiet, json))

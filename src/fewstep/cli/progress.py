@@ -129,3 +129,41 @@ def _caution(trainer: Trainer) -> str | None:
     if ratio < 64:
         return None
     return f"Caution: bf16 is too coarse for pairs as tight as q^a = {ratio:g}; prefer precision=tf32 or fp32."
+
+
+class Counting:
+    """One line that counts samples while something is measured; lines of text go above it.
+
+    Called with (what, done, total). Where there is no terminal only the lines are printed.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._out = output
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._what = ""
+
+    def __enter__(self) -> Counting:
+        if self._out.speaks and self._out.console.is_terminal:
+            columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(bar_width=24)]
+            columns += [TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), TimeRemainingColumn(compact=True)]
+            self._bar = Progress(*columns, console=self._out.console, transient=True)
+            self._task = self._bar.add_task("", total=1, visible=False)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if what != self._what or not done:
+            self._what = what
+            self._bar.reset(self._task, total=total, visible=True, description=what)
+        self._bar.update(self._task, completed=done)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._out.say(text)

@@ -16,9 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.checkpoint.state_dict import read_state_dict
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.evaluation.pretrained import INSTALL, Pretrained, file_hash, first_line
 
@@ -174,22 +176,13 @@ def _fidelity_inception(path: Path) -> FidelityInception:
 
 def _plain_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual pickles; what cannot be read is an error
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no weights raise many kinds of error
+        return load_file(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    except (CheckpointError, SafetensorError, OSError) as error:
         raise CheckpointError(
             f"The weights file '{path}' is not a readable file of plain tensors",
             got=first_line(error),
             do=f"Run `{_download()}`",
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"The weights file '{path}' does not hold tensors by name", got=type(state).__name__, want="a state dict"
-        )
-    return state
 
 
 def _torch_fidelity() -> Callable[..., nn.Module]:

@@ -117,7 +117,8 @@ def measure(
 
     The spread is the half-sample bootstrap's (:mod:`fewstep.evaluation.bootstrap`) over the generated samples; the
     reference is fixed, except for "kid", whose subsets vary on both sides. Metrics of pairs (precision, recall,
-    density, coverage, class; the fakes of memorised) see at most :data:`MOST_ROWS` evenly spaced rows per side.
+    density, coverage, class; the fakes of memorised) see at most :data:`MOST_ROWS` evenly spaced rows per side, and the
+    first four at most as many reference rows as samples.
 
     Args:
         names: of :data:`METRICS`.
@@ -271,7 +272,8 @@ def sw2_estimate(real: Real, fake: Fake, replicates: int, seed: int) -> Estimate
 
 def _neighbourhood(real: Real, fake: Fake, replicates: int, seed: int) -> dict[str, Estimate]:
     rows = _rows(real)
-    some_real, some_fake = evenly(len(rows), MOST_ROWS), evenly(len(fake.rows), MOST_ROWS)
+    some_fake = evenly(len(fake.rows), MOST_ROWS)
+    some_real = evenly(len(rows), len(some_fake))  # as many as samples: balls of equal meaning on both sides
     return neighbourhood(_taken(rows, some_real), _taken(fake.rows, some_fake), replicates=replicates, seed=seed)
 
 

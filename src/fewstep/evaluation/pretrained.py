@@ -94,7 +94,8 @@ def resize_bicubic(x: Tensor, side: int) -> Tensor:
     """Levels 0..255 ``[b, c, side, side]``, float32: Pillow's bicubic (a = -1/2, antialiased), width first.
 
     As in Pillow, each pass is rounded to whole levels and cut to 0..255 (one pass for both axes differs by up to 20
-    levels on noise); in float64, or ties fall the other way. Pillow 13 takes the height first for some sizes (2 levels on smooth images).
+    levels on noise); in float64, or ties fall the other way. Pillow 13 takes the height first for some sizes: up to
+    2 levels on smooth images.
     """
     device, x = x.device, x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)  # mps has no float64
     for size in ((x.shape[-2], side), (side, side)):
