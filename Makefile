@@ -13,8 +13,8 @@ export OMP_NUM_THREADS ?= 2
 demo: $(VENV)/.core
 	$(BIN)/fewstep demo --out demo-run
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev $(VENV)/fidelity/.done
+	FEWSTEP_FIDELITY=$(abspath $(VENV)/fidelity) $(BIN)/python -m pytest
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests bench scripts examples
@@ -34,6 +34,13 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+# torch-fidelity is the judge of the Inception path. It needs torchvision, which has no build for the CPU's torch and
+# would break transformers: both live in a folder of their own, which tests/fidelity alone puts on its path.
+$(VENV)/fidelity/.done: $(VENV)/.dev constraints.txt
+	rm -rf $(VENV)/fidelity
+	$(PIP) --no-deps --target $(VENV)/fidelity torch-fidelity torchvision tqdm
 	touch $@
 
 clean:

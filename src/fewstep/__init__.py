@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from fewstep.backbones import BACKBONES
     from fewstep.checkpoint.convert import convert
     from fewstep.checkpoint.model import load, save_model
+    from fewstep.commit import Committed, commit_sample
     from fewstep.data import SOURCES, open_source
     from fewstep.denoiser import Denoiser, Guided, Parametrization
     from fewstep.errors import FewstepError
-    from fewstep.evaluation import evaluate
+    from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
+    from fewstep.evaluation.agreement import teacher_agreement
     from fewstep.objectives import OBJECTIVES
     from fewstep.process import EDM, VP, DiscreteVP, Process, RectifiedFlow, TrigFlow
     from fewstep.recipes import RECIPES
@@ -29,13 +31,20 @@ _HOMES = {
     "convert": "checkpoint.convert",
     "load": "checkpoint.model",
     "save_model": "checkpoint.model",
+    "Committed": "commit",
+    "commit_sample": "commit",
     "SOURCES": "data",
     "open_source": "data",
     "Denoiser": "denoiser",
     "Guided": "denoiser",
     "Parametrization": "denoiser",
     "FewstepError": "errors",
+    "METRICS": "evaluation",
+    "Reference": "evaluation",
     "evaluate": "evaluation",
+    "evaluate_samples": "evaluation",
+    "open_reference": "evaluation",
+    "teacher_agreement": "evaluation.agreement",
     "OBJECTIVES": "objectives",
     "EDM": "process",
     "VP": "process",
@@ -53,9 +62,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "BACKBONES", "EDM", "OBJECTIVES", "RECIPES", "SOURCES", "VP", "Denoiser", "DiscreteVP", "FewstepError", "Guided",
-    "Parametrization", "Process", "RectifiedFlow", "Run", "TrigFlow", "convert", "evaluate", "load", "ode_sample",
-    "open_source", "pretrain", "resume", "sample", "save_model", "tune",
+    "BACKBONES", "EDM", "METRICS", "OBJECTIVES", "RECIPES", "SOURCES", "VP", "Committed", "Denoiser", "DiscreteVP",
+    "FewstepError", "Guided", "Parametrization", "Process", "RectifiedFlow", "Reference", "Run", "TrigFlow",
+    "commit_sample", "convert", "evaluate", "evaluate_samples", "load", "ode_sample", "open_reference", "open_source",
+    "pretrain", "resume", "sample", "save_model", "teacher_agreement", "tune",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, nearest
-from fewstep.sampling import Model, Noise, _in_batches, check_times, few_step_times, karras_grid
+from fewstep.sampling import Model, Noise, check_times, few_step_times, in_batches, karras_grid
 from fewstep.types import PerSample, Samples
 
 Denoise = Callable[[Samples, float, Tensor | None], Samples]
@@ -111,7 +111,7 @@ def commit_sample(
         levels.append(found.stopped_at)
         return found.samples
 
-    samples = _in_batches(run, denoiser, n, seed, cond, None, batch_size, first)
+    samples = in_batches(run, denoiser, n, seed, cond, None, batch_size, first)
     return Committed(samples, torch.cat(counts), torch.cat(levels))
 
 

@@ -149,7 +149,7 @@ def sample(
     def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
         return consistency_sample(model, latents, levels, noise, cond)
 
-    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
+    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def ode_sample(
     def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
         return heun_sample(model, latents, grid, noise, cond, churn=churn, order=order)
 
-    return _in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
+    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
 
 
 def ode_sample_nfe(
@@ -211,7 +211,7 @@ def check_times(times: Sequence[float], denoiser: Denoiser) -> list[float]:
     return levels
 
 
-def _in_batches(
+def in_batches(
     run: Callable[[Model, Tensor, Noise, Tensor | None], Tensor],
     denoiser: Denoiser,
     n: int,
@@ -221,6 +221,7 @@ def _in_batches(
     batch_size: int | None,
     first: int,
 ) -> Samples:
+    """``run(model, latents, noise, cond)`` over samples ``first`` to ``first + n - 1``, in eval mode, noise per sample."""
     if n < 1:
         raise ConfigError("The number of samples must be at least 1", got=n)
     if first < 0:

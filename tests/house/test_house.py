@@ -112,7 +112,7 @@ def test_nothing_unpickles_or_evaluates() -> None:
                 assert given.get("allow_pickle") == "False", f"{name}:{node.lineno}"
 
 
-def test_only_the_training_room_knows_of_other_processes() -> None:
+def test_only_training_and_the_world_know_of_other_processes() -> None:
     found = {
         name
         for name, tree in TREES.items()
@@ -120,7 +120,7 @@ def test_only_the_training_room_knows_of_other_processes() -> None:
         if used.startswith(("torch.distributed", "torch.nn.parallel"))
     }
     assert found
-    assert {name for name in found if not name.startswith("training/")} == set()
+    assert {name for name in found if not name.startswith("training/")} == {"world.py"}
 
 
 def test_no_objective_imports_another() -> None:

@@ -100,7 +100,8 @@ def test_help_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert sorted(ALL_VERBS) == sorted(
-        ["demo", "convert", "pretrain", "tune", "sample", "eval", "recipes", "resume", "plan"]
+        ["demo", "recipes", "plan", "convert", "pretrain", "tune", "resume"]
+        + ["sample", "eval", "dial", "report", "scaling"]
     )
     for verb in ALL_VERBS:
         assert re.search(rf"│ {verb} +[A-Z]\w+ ", text), verb
@@ -309,8 +310,12 @@ def test_eval_says_everything_about_its_numbers(run_path: Path, tmp_path: Path, 
     assert (found["reference"]["source"], found["reference"]["count"]) == ("digits", 1797)
     assert (found["samples"], found["seed"], found["model"]) == (32, 3, str(run_path))
     assert [(row["steps"], row["nfe"], len(row["times"])) for row in found["rows"]] == [(1, 1, 1), (2, 2, 2), (4, 4, 4)]
-    names = {f"{m}-Pixels-32" for m in ("FD", "KID", "SW2", "Precision", "Recall")}
+    labels = ("FD", "KID", "SW2", "Precision", "Recall", "Density", "Coverage", "Memorised")
+    names = {f"{label}-Pixels-32" for label in labels}
     assert all(set(row["metrics"]) == names for row in found["rows"])
+    for row in found["rows"]:
+        assert all(low <= row["metrics"][name] <= high for name, (low, high) in row["intervals"].items())
+        assert {"FD-Pixels-32", "KID-Pixels-32", "SW2-Pixels-32"} <= set(row["intervals"])
     again = fewstep("eval", run_path, "--data", "digits", "--steps", 2, "-n", 32, "--seed", 3, "--metrics", "sw2,fd")
     assert list(again["rows"][0]["metrics"]) == ["SW2-Pixels-32", "FD-Pixels-32"]
     assert again["rows"][0]["metrics"]["FD-Pixels-32"] == found["rows"][1]["metrics"]["FD-Pixels-32"]

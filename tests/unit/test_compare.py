@@ -77,6 +77,7 @@ def two(a: dict[str, Any], b: dict[str, Any], **changes: Any) -> list[Record]:
         ({"A": (1.0, None), "B": (2.0, (1.9, 2.1))}, False, {"A": "unproven"}),
         ({"A": (1.0, (0.9, 1.1)), "B": (2.0, None)}, True, {"B": "unproven"}),
         ({"A": (1.0, (1.0, 1.0)), "B": (1.0, (1.0, 1.0))}, False, {"A": "undecided", "B": "undecided"}),
+        ({"A": (0.0, None), "B": (0.0, None), "C": (0.5, None)}, False, {"A": "undecided", "B": "undecided"}),
         ({"A": (1.0, (0.9, 1.1))}, False, {}),
         ({"A": (1.0, (0.9, 1.1)), "B": (float("nan"), None)}, False, {}),
     ],
@@ -108,6 +109,19 @@ def test_teachers_are_one_line_only_where_they_are_the_same() -> None:
     assert [row.model for row in compare(moved).rows] == ["teacher of A", "teacher of B"]
     counts = [record(n, {TEACHER: result({k: 9.0, 35: 1.0})}) for n, k in (("a", 1), ("b", 2))]
     assert [(row.model, row.nfe) for row in compare(counts).rows] == [("teacher", 1), ("teacher", 35), ("teacher", 2)]
+
+
+def test_one_teacher_with_two_sets_of_numbers_is_flagged() -> None:
+    def runs(other: float, **changes: Any) -> list[Record]:
+        first = record("a", {TEACHER: result({1: 9.0}), TUNED: result({1: 1.0})})
+        return [first, record("b", {TEACHER: result({1: other}), TUNED: result({1: 3.0})}, **changes)]
+
+    said = ["A and B measured other numbers for the same teacher" in note for note in compare(runs(9.5)).notes]
+    assert said == [True]
+    assert compare(runs(9.0 + 1e-6)).notes == [], "the rounding of another machine"
+    assert [row.model for row in compare(runs(9.0 + 1e-6)).rows] == ["teacher", "A", "B"]
+    assert compare(runs(9.5, config={"teacher": "/teachers/small"})).notes == []
+    assert compare(runs(9.5, facts={"teacher": {"sha256": "ff"}})).notes == []
 
 
 def test_pretrained_models_are_the_runs_themselves() -> None:
@@ -251,7 +265,7 @@ def test_the_page_puts_runs_side_by_side() -> None:
     runs = two(result({1: 1.0, 2: 0.5}), result({1: 2.0, 2: 0.45}))
     page = render_comparison(compare(runs), WHEN)
     cells = [re.sub("<[^>]*>", "", c).replace("&nbsp;", " ") for c in re.findall("<td.*?</td>", page, re.DOTALL)]
-    assert cells[:4] == ["1.00 ✓ ± 0.10", "2.00 ± 0.10", "0.5 ≈ ± 0.100", "0.45 ≈ ± 0.100"]
+    assert cells[:4] == ["1.00 ✓ ± 0.10", "2.00 ± 0.10", "0.5 ≈ ± 0.10", "0.45 ≈ ± 0.10"]
     assert page.count('<td class="best">') == 1
     assert page.count('<td class="undecided">') == 2
     assert page.count("<img") == 4

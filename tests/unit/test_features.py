@@ -20,7 +20,6 @@ from fewstep.evaluation.features import (
     is_fid_net,
     iter_features,
     iter_outputs,
-    metric_name,
     open_features,
 )
 from fewstep.evaluation.metrics import StatsAccumulator, gaussian_stats
@@ -44,16 +43,6 @@ def points(n: int, d: int, seed: int = 0) -> Tensor:
 
 
 # --- Names ------------------------------------------------------------------------------------------------
-
-
-def test_numbers_are_named_after_the_net_and_the_count() -> None:
-    net = open_features("pca:2", reference=points(9, 3))
-    assert metric_name("fd", "MNIST-CNN", 5000) == "FD-MNIST-CNN-5k"
-    assert metric_name("fd", net, 50_000) == "FD-PCA2-50k"
-    assert metric_name("kid", "Pixels", 1234) == "KID-Pixels-1234"
-    assert metric_name("recall", "Pixels", 500) == "Recall-Pixels-500"
-    with pytest.raises(ConfigError, match=r"There is no metric 'fid'\. Did you mean 'fd'\?"):
-        metric_name("fid", net, 5000)
 
 
 def test_only_verified_inception_is_the_net_of_fid() -> None:

@@ -14,8 +14,9 @@ import fewstep.evaluation.measure as module
 from fewstep.errors import ConfigError, DataError
 from fewstep.evaluation import metrics
 from fewstep.evaluation.extrapolation import fd_infinity
+from fewstep.evaluation.feature_net import FeatureNet
 from fewstep.evaluation.manifold import memorised, neighbourhood
-from fewstep.evaluation.measure import METRICS, NEEDS, Fake, Real, available, measure, too_few
+from fewstep.evaluation.measure import METRICS, NEEDS, Fake, Real, available, measure, metric_name, too_few
 from fewstep.evaluation.scores import class_agreement, inception_score
 
 CLASSES = 3
@@ -47,7 +48,7 @@ def shuffled(values: Tensor | None, order: Tensor) -> Tensor:
 
 
 def test_every_metric_has_the_value_of_its_plain_function() -> None:
-    real, fake = reference(), samples()
+    real, fake = reference(150), samples()  # as many rows on both sides: none is left out
     assert real.rows is not None and real.labels is not None and fake.labels is not None and fake.logits is not None
     found = measure(list(METRICS), real, fake, replicates=4, seed=3)
     near = neighbourhood(real.rows, fake.rows, replicates=0)
@@ -99,6 +100,8 @@ def test_large_sets_are_thinned_independently_of_order(monkeypatch: pytest.Monke
     assert one == two
     assert one["class"].value > 0.7  # labels stay with their rows: 1/3 where they do not
     assert seen == [(60, 60), (60, 60)]  # once for both of its metrics, per call
+    measure(names, real, samples(n=40), replicates=4)
+    assert seen[2:] == [(40, 40)]  # as many reference rows as samples
 
 
 def test_the_root_of_the_reference_is_factored_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,3 +254,28 @@ def test_the_explained_bias_is_about_true(n: int, d: int) -> None:
         assert score == pytest.approx(d / n + d * (d + 1) / (4 * (n - 1)), rel=0.1)
     else:
         assert d / 4 < score < 2 * d
+
+
+# --- Names ------------------------------------------------------------------------------------------------
+
+
+def net(name: str, *, verified: bool = False) -> FeatureNet:
+    return FeatureNet(name, 2, "0" * 64, lambda x: x, verified=verified)
+
+
+def test_numbers_are_named_after_the_net_and_the_count() -> None:
+    assert metric_name("fd", net("MNIST-CNN"), 5000) == "FD-MNIST-CNN-5k"
+    assert metric_name("fd", net("PCA2"), 50_000, whole_training_set=True) == "FD-PCA2-50k"
+    assert metric_name("kid", net("Pixels"), 1234) == "KID-Pixels-1234"
+    assert metric_name("class", net("Pixels"), 500) == "ClassAgreement-Pixels-500"
+    with pytest.raises(ConfigError, match=r"There is no metric 'fid'\. Did you mean 'fd'\?"):
+        metric_name("fid", net("Pixels"), 5000)
+
+
+def test_fid_50k_is_said_of_one_thing_only() -> None:
+    inception = net("Inception", verified=True)
+    assert metric_name("fd", inception, 50_000, whole_training_set=True) == "FID-50k"
+    assert metric_name("fd", inception, 50_000) == "FD-Inception-50k"
+    assert metric_name("fd", inception, 10_000, whole_training_set=True) == "FD-Inception-10k"
+    assert metric_name("kid", inception, 50_000, whole_training_set=True) == "KID-Inception-50k"
+    assert metric_name("fd", net("Inception-1234abcd"), 50_000, whole_training_set=True) == "FD-Inception-1234abcd-50k"

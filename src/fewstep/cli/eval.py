@@ -39,15 +39,17 @@ def eval(
             "sigma)."
         ),
     ],
-    steps: Annotated[str, Parameter(help="Numbers of network evaluations (of a pipeline: its own steps).")] = "1,2,4,8",
+    steps: Annotated[
+        str | None, Parameter(help="Numbers of network evaluations (of a pipeline: its own steps). Default: 1,2,4,8.")
+    ] = None,
     samples: Annotated[
-        int,
+        int | None,
         Parameter(
             name=["--samples", "-n"],
             validator=Number(gte=2),
-            help="Samples per step count; part of every number's name. Of image files all are taken.",
+            help="Samples per step count; part of every number's name. Default: 5000; of images made elsewhere all.",
         ),
-    ] = 5000,
+    ] = None,
     features: Annotated[
         str,
         Parameter(
@@ -67,7 +69,9 @@ def eval(
     teacher: Annotated[
         str | None, Parameter(help="Also measure this diffusion model, and how far the model agrees with its ODE.")
     ] = None,
-    teacher_nfe: Annotated[str, Parameter(help="Network evaluations of the teacher's solver.")] = "35",
+    teacher_nfe: Annotated[
+        str | None, Parameter(help="Network evaluations of the teacher's solver. Default: 35.")
+    ] = None,
     repeats: Annotated[int, Parameter(validator=Number(gte=1), help="Repeat with so many seeds: --seed and on.")] = 1,
     replicates: Annotated[
         int, Parameter(validator=Number(gte=0), help="Half-samples behind each 95 % interval; 0: no intervals.")

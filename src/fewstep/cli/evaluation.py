@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fewstep.checkpoint.store import write_json
 from fewstep.cli.options import Output, open_model
@@ -15,17 +18,25 @@ from fewstep.cli.write import parse_numbers
 from fewstep.data import Source, open_source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, nearest
-from fewstep.evaluation import DEFAULT_METRICS, METRICS, Reference, evaluate, evaluate_samples, open_reference
+from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
 from fewstep.evaluation.agreement import teacher_agreement
-from fewstep.evaluation.figures import Row, number
+from fewstep.evaluation.figures import Row, higher_is_better, number
 from fewstep.evaluation.measure import too_few
+from fewstep.evaluation.pipelines import from_pipeline, open_pipeline
 from fewstep.evaluation.record import TEACHER
 from fewstep.evaluation.reference import check_comparable
 from fewstep.evaluation.report import print_table
-from fewstep.evaluation.samples import draw_labels, from_pipeline, from_source
+from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.runs import check_shape, joined
 from fewstep.world import World
+
+STEPS, SAMPLES, TEACHER_NFE = "1,2,4,8", 5_000, "35"
+"""What is measured where the options do not say."""
+
+PIPELINE_BATCH = 16
+NO_HUB_ID = (".zip", ".npz", ".npy", ".png", ".jpg", ".pkl", ".pt", ".pth", ".safetensors", ".json", ".yaml", ".py")
+"""Endings of what is a file that does not exist."""
 
 AGREEMENT_SAMPLES = 256
 """Samples that teacher and student are compared on one by one: the teacher needs 143 evaluations for each."""
@@ -33,17 +44,17 @@ AGREEMENT_SAMPLES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The options of ``fewstep eval``, as they were given."""
+    """The options of ``fewstep eval``, as they were given; None: not given."""
 
     model: str
     data: str
-    steps: str
-    samples: int
+    steps: str | None
+    samples: int | None
     features: str
     metrics: str
     sampler: str
     teacher: str | None
-    teacher_nfe: str
+    teacher_nfe: str | None
     repeats: int
     replicates: int
     resize: int | None
@@ -56,28 +67,49 @@ class Request:
     seed: int
     device: str
 
+    @property
+    def count(self) -> int:
+        """Samples per step count, of what makes samples."""
+        return SAMPLES if self.samples is None else self.samples
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A diffusers pipeline, opened."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+Subject = Denoiser | Pipeline | Source
+"""A model of ours, someone else's pipeline, or images made elsewhere."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One model at several step counts; or a pipeline (a name), or images made elsewhere (a source)."""
+    """What is measured; a model or a pipeline at several step counts."""
 
-    subject: Denoiser | Source | str
+    subject: Subject
     solver: str
     steps: list[int]
 
 
 def run(request: Request, output: Output) -> int:
     """Measure, print the table, write the result."""
-    steps, teacher_steps = (
-        parse_numbers(request.steps, "--steps", int),
-        parse_numbers(request.teacher_nfe, "--teacher-nfe", int),
-    )
+    steps = parse_numbers(request.steps or STEPS, "--steps", int)
+    teacher_steps = parse_numbers(request.teacher_nfe or TEACHER_NFE, "--teacher-nfe", int)
+    if min(steps + teacher_steps) < 1:
+        raise ConfigError("The number of sampling steps must be at least 1", got=min(steps + teacher_steps))
+    if request.out is not None and request.out.is_dir():
+        raise ConfigError("The result is written to a file", got=f"--out {request.out}, a directory")
     metrics = _chosen(request.metrics)
     if request.replicates == 1:
         raise ConfigError("A spread needs at least two half-samples", got="--replicates 1", want="0, or 2 and more")
     with joined(request.device) as world, Counting(output) as counting:
-        job = Job(_subject(request, world), request.sampler, steps)
-        teacher = _teacher(request, job, world)
+        subject = _subject(request, world)
+        _check_options(request, subject)
+        job = Job(subject, request.sampler, steps)
+        teacher = None if request.teacher is None else open_model(request.teacher, device=str(world.device))
         reference = _reference(request, job, world, counting)
         counting.say(f"{request.model} against {_about(reference)}")
         for note in _notes(reference, job, request):
@@ -98,28 +130,59 @@ def run(request: Request, output: Output) -> int:
 
 
 # --------------------------------------------------------------------------------------------- what is measured
-def _subject(request: Request, world: World) -> Denoiser | Source | str:
-    """A model of ours, a diffusers pipeline by name, or a source of images made elsewhere."""
+def _subject(request: Request, world: World) -> Subject:
+    """A model of ours, a diffusers pipeline, or a source of images made elsewhere; opened."""
     name, path = request.model, Path(request.model).expanduser()
-    if (path / "model_index.json").is_file():
-        return str(path)
+    if (path / "model_index.json").is_file() or _is_hub_id(name):
+        return Pipeline(name, open_pipeline(name, world.device))
     ours = ".py:" in name or any(
         (path / part).exists() for part in ("config.json", "config.yaml", "model", "checkpoints")
     )
     files = (path.is_dir() and any(path.iterdir())) or path.suffix.lower() in (".zip", ".npz")
     if files and not ours:
         return open_source(name, resize=request.resize, channels=request.channels)
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
-        return name  # a hub id
     return open_model(name, request.weights, request.network, str(world.device))
 
 
-def _teacher(request: Request, job: Job, world: World) -> Denoiser | None:
-    if request.teacher is None:
-        return None
-    if not isinstance(job.subject, Denoiser):
-        raise ConfigError("A teacher goes with a model of fewstep only", got=request.model, do="Leave out --teacher")
-    return open_model(request.teacher, device=str(world.device))
+def _is_hub_id(name: str) -> bool:
+    """``owner/name`` where there is no folder ``owner``: beside other files it is a path that does not exist."""
+    owner, slash, rest = name.partition("/")
+    plain = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and ".py:" not in name
+    return bool(slash) and plain and not Path(owner).exists() and Path(rest).suffix.lower() not in NO_HUB_ID
+
+
+def _check_options(request: Request, subject: Subject) -> None:
+    """Refuse options that would change nothing: whoever gives one expects another measurement.
+
+    Raises:
+        ConfigError: with the first such option.
+    """
+    is_model, is_pipeline = isinstance(subject, Denoiser), isinstance(subject, Pipeline)
+    of_a_model = {
+        "--sampler": None if request.sampler == "consistency" else request.sampler,
+        "--weights": None if request.weights == "ema" else request.weights,
+        "--network": request.network,
+        "--teacher": request.teacher,
+    }
+    of_sampling = {"--steps": request.steps, "--repeats": None if request.repeats == 1 else request.repeats}
+    what = "a diffusers pipeline" if is_pipeline else "images made elsewhere"
+    for option, value in ({} if is_model else of_a_model if is_pipeline else of_a_model | of_sampling).items():
+        if value is not None:
+            raise ConfigError(f"{option} does not go with {what}", got=f"{option} {value}", do=f"Leave {option} out")
+    if request.teacher_nfe is not None and request.teacher is None:
+        raise ConfigError("--teacher-nfe is about a teacher", got="no teacher", do="Add --teacher")
+    if request.teacher is not None and request.sampler != "consistency":
+        raise ConfigError(
+            "--teacher goes with few-step sampling: it measures the teacher's solver itself",
+            got=f"--sampler {request.sampler}",
+            do="Leave one of them out",
+        )
+    if not isinstance(subject, Denoiser | Pipeline) and request.samples not in (None, len(subject)):
+        raise ConfigError(
+            "Images made elsewhere are measured all together: their count is part of every number's name",
+            got=f"-n {request.samples}, {len(subject)} images",
+            do="Leave -n out",
+        )
 
 
 def _reference(request: Request, job: Job, world: World, counting: Counting) -> Reference:
@@ -154,8 +217,7 @@ def _chosen(metrics: str) -> list[str] | None:
 def _over_seeds(
     request: Request, job: Job, reference: Reference, metrics: list[str] | None, world: World, counting: Counting
 ) -> dict[str, Any]:
-    repeats = 1 if not isinstance(job.subject, Denoiser | str) else request.repeats
-    seeds = range(request.seed, request.seed + repeats)
+    seeds = range(request.seed, request.seed + request.repeats)
     found = [_measured(request, job, reference, metrics, seed, world, counting) for seed in seeds]
     return found[0] if len(found) == 1 else over_seeds(found)
 
@@ -170,36 +232,43 @@ def _measured(
     counting: Counting,
 ) -> dict[str, Any]:
     def show(row: dict[str, Any]) -> None:
-        what = "images" if row["nfe"] is None else f"{row['solver']}, {row['nfe']} NFE, seed {seed}"
+        what = "images" if row["steps"] is None else f"{row['solver']}, {_effort(row)}, seed {seed}"
         counting.say(f"  {what}: " + "  ".join(_value(row, name) for name in [*row["metrics"]][:3]))
 
     subject = job.subject
     if isinstance(subject, Denoiser):
         return evaluate(
-            subject, reference, steps=job.steps, solver=job.solver, metrics=metrics, samples=request.samples, seed=seed,
+            subject, reference, steps=job.steps, solver=job.solver, metrics=metrics, samples=request.count, seed=seed,
             batch_size=request.batch_size, replicates=request.replicates, on_row=show, on_progress=counting, world=world,
         )  # fmt: skip
-    sets = (
-        [
-            from_pipeline(
-                subject, request.samples, steps=n, seed=seed, batch_size=request.batch_size or 16, device=world.device
-            )
+    if isinstance(subject, Pipeline):
+        batch_size = request.batch_size or PIPELINE_BATCH
+        sets = [
+            from_pipeline(subject.call, request.count, steps=n, seed=seed, batch_size=batch_size, name=subject.name)
             for n in job.steps
         ]
-        if isinstance(subject, str)
-        else [from_source(subject)]
-    )
+    else:
+        sets = [from_source(subject)]
+    if metrics is None:
+        sets = [_labelled_alike(samples, reference) for samples in sets]
     return evaluate_samples(
         sets, reference, metrics=metrics, seed=seed, replicates=request.replicates, device=world.device, on_row=show,
         on_progress=counting, world=world,
     )  # fmt: skip
 
 
+def _labelled_alike(samples: SampleSet, reference: Reference) -> SampleSet:
+    """Without labels where the reference lacks one of their classes: nothing can be said of those."""
+    if samples.labels is None or reference.labels is None or torch.isin(samples.labels, reference.labels).all():
+        return samples
+    return replace(samples, labels=None)
+
+
 def _agreement(
     request: Request, job: Job, teacher: Denoiser, reference: Reference, counting: Counting
 ) -> dict[str, Any]:
     assert isinstance(job.subject, Denoiser)
-    samples = min(AGREEMENT_SAMPLES, request.samples)
+    samples = min(AGREEMENT_SAMPLES, request.count)
     counting(f"{TEACHER}: 72 nodes for {samples} samples", 0, samples)
     cond = draw_labels(job.subject, reference.source, samples, request.seed)
     return teacher_agreement(
@@ -218,8 +287,13 @@ def _about(reference: Reference) -> str:
 
 def _notes(reference: Reference, job: Job, request: Request) -> list[str]:
     """What the reader of the numbers must know: gaps in the reference's story, and the bias of few samples."""
-    count = len(job.subject) if not isinstance(job.subject, Denoiser | str) else request.samples
+    count = request.count if isinstance(job.subject, Denoiser | Pipeline) else len(job.subject)
     return [*reference.info["notes"], *filter(None, [too_few(count, reference.net.dim)])]
+
+
+def _effort(row: dict[str, Any]) -> str:
+    """Network evaluations; or the steps, where a pipeline's network is not known."""
+    return f"{row['steps']} steps" if row["nfe"] is None else f"{row['nfe']} NFE"
 
 
 def _value(row: dict[str, Any], name: str) -> str:
@@ -242,9 +316,26 @@ def _show(output: Output, request: Request, result: dict[str, Any]) -> None:
     ]
     if rows:
         print_table(rows, output.console)
+    for row in result["rows"]:
+        if row["nfe"] is None:
+            _show_numbers(output, Path(request.model).name, row)
     for name, one in found:
         _show_seeds(output, name, one["rows"])
     _show_agreement(output, result.get("teacher_agreement"))
+
+
+def _show_numbers(output: Output, name: str, row: dict[str, Any]) -> None:
+    """Everything that was measured of images whose network evaluations are not known."""
+    from rich.table import Table
+
+    table = Table("Number", title=name if row["steps"] is None else f"{name}, {row['steps']} steps")
+    table.add_column("Value", justify="right")
+    table.add_column("95 % interval")
+    for metric, value in row["metrics"].items():
+        low, high = row["intervals"].get(metric, (None, None))
+        interval = "" if low is None or high is None else f"{number(low)} to {number(high)}"
+        table.add_row(f"{metric}\u00a0{'↑' if higher_is_better(metric) else '↓'}", number(value), interval)
+    output.say(table)
 
 
 def _intervals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -264,7 +355,11 @@ def _show_seeds(output: Output, name: str, rows: Sequence[dict[str, Any]]) -> No
         for metric, found in row["seeds"].items():
             low, high = row["intervals"].get(metric, (math.nan, math.nan))
             cells = (found["mean"], found["std"], (high - low) / 3.92, found["min"], found["max"])
-            table.add_row(str(row["nfe"]), metric, *(number(value) for value in cells))
+            table.add_row(
+                _effort(row).removesuffix(" NFE"),
+                metric,
+                *("–" if math.isnan(value) else number(value) for value in cells),
+            )
     output.say(table)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fewstep.checkpoint.store import write_text
 from fewstep.errors import ConfigError
@@ -46,6 +49,11 @@ class Entry:
         net, known = result.get("features", {}), result.get("reference", {})
         facts = [known.get(key) for key in ("fingerprint", "split", "count", "preprocessing")]
         return tuple(json.dumps(v, sort_keys=True) for v in (*facts, net.get("hash"), net.get("preprocessing")))
+
+    @property
+    def teacher(self) -> tuple[Any, Any]:
+        """Where the teacher is, and the hash of its weights."""
+        return self.record.config.get("teacher"), self.record.facts.get("teacher", {}).get("sha256")
 
     @property
     def seed(self) -> Any:
@@ -95,7 +103,8 @@ def compare(records: Sequence[Record]) -> Comparison:
         for i, (name, record) in enumerate(zip(_names(records), records, strict=True))
     ]
     bases = [entry.basis for entry in entries if entry.basis is not None]
-    notes = [*_notes_on_numbers(entries), *_notes_on_seeds(entries), *_notes_on_shapes(entries)]
+    notes = [*_notes_on_numbers(entries), *_notes_on_teachers(entries)]
+    notes += [*_notes_on_seeds(entries), *_notes_on_shapes(entries)]
     rows = _merged([(entry, row) for entry in entries for row in entry.record.rows])
     pictures = _merged([(entry, picture) for entry in entries for picture in _drawable(entries, entry)])
     return Comparison(entries, rows, pictures, _differences(entries), notes, len(set(bases)) <= 1)
@@ -108,7 +117,7 @@ def marks_of(values: Mapping[str, tuple[float, Interval | None]], *, higher: boo
     """Which of several numbers is best: model -> "best", "undecided" or "unproven"; those clearly worse have none.
 
     "best": its 95 % interval is clear of all others. "undecided": the intervals of the best value and of these
-    overlap. "unproven": the best value, where some interval is unknown. One number alone is not ranked.
+    overlap, or they are equal. "unproven": the best value, where some interval is unknown. One number is not ranked.
     """
     finite = {model: (v, interval) for model, (v, interval) in values.items() if v == v}
     if len(finite) < 2:
@@ -117,7 +126,8 @@ def marks_of(values: Mapping[str, tuple[float, Interval | None]], *, higher: boo
     best = pick(finite, key=lambda model: finite[model][0])
     intervals = {model: interval for model, (_, interval) in finite.items() if interval is not None}
     if len(intervals) < len(finite):
-        return {best: "unproven"}
+        ties = [model for model in finite if finite[model][0] == finite[best][0]]
+        return {best: "unproven"} if len(ties) == 1 else dict.fromkeys(ties, "undecided")
     near = [m for m in finite if m != best and overlap(intervals[m], intervals[best])]
     return dict.fromkeys([best, *near], "undecided") if near else {best: "best"}
 
@@ -192,6 +202,20 @@ def _notes_on_numbers(entries: Sequence[Entry]) -> list[str]:
             "their numbers are shown, and not ranked."
         )
     return notes
+
+
+def _notes_on_teachers(entries: Sequence[Entry]) -> list[str]:
+    """One teacher, measured in one way from one seed, has one set of numbers, or code or machine differ."""
+    tuned = [entry for entry in entries if entry.record.job == "tune" and entry.basis is not None]
+    for one, other in itertools.combinations(tuned, 2):
+        alike = one.basis == other.basis and one.seed == other.seed and one.teacher == other.teacher
+        rows = [[(e, row) for row in e.record.rows if is_teacher(row.model)] for e in (one, other)]
+        if alike and not _all_same([*rows[0], *rows[1]]):
+            return [
+                f"{one.letter} and {other.letter} measured other numbers for the same teacher, seed and reference: "
+                "another release or machine measures differently, so small differences between them mean nothing."
+            ]
+    return []
 
 
 def _notes_on_seeds(entries: Sequence[Entry]) -> list[str]:
@@ -271,10 +295,23 @@ def _all_same(teachers: Sequence[tuple[Entry, Any]]) -> bool:
     for items in by_nfe.values():
         first = items[0]
         for other in items[1:]:
-            equal = first.metrics == other.metrics if isinstance(first, Row) else first.images.equal(other.images)
-            if not equal:
+            if not (_same_numbers(first, other) if isinstance(first, Row) else _same_samples(first, other)):
                 return False
     return len({entry.record.config.get("teacher") for entry, _ in teachers}) <= 1
+
+
+def _same_numbers(one: Row, other: Row) -> bool:
+    """Equal up to the rounding of another machine, in all numbers that both have."""
+    shared = one.metrics.keys() & other.metrics.keys()
+    return all(math.isclose(one.metrics[k], other.metrics[k], rel_tol=1e-3, abs_tol=1e-6) for k in shared)
+
+
+def _same_samples(one: Picture, other: Picture) -> bool:
+    """Equal up to rounding: half a grey level (or a thousandth of the plane) in the mean."""
+    if one.images.shape != other.images.shape:
+        return False
+    most = 0.5 if one.images.dtype == torch.uint8 else 1e-3
+    return float((one.images.double() - other.images.double()).abs().mean()) <= most
 
 
 def render_comparison(comparison: Comparison, written: datetime) -> str:

@@ -23,7 +23,8 @@ from fewstep.checkpoint.store import read_json, write_json
 from fewstep.denoiser import Denoiser
 from fewstep.errors import CheckpointError, ConfigError, DataError
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
-from fewstep.evaluation.features import features_of, metric_name
+from fewstep.evaluation.features import features_of
+from fewstep.evaluation.measure import metric_name
 from fewstep.evaluation.figures import evaluations, number
 from fewstep.evaluation.metrics import frechet_distance, gaussian_stats
 from fewstep.evaluation.reference import Reference, check_comparable

@@ -15,7 +15,8 @@ from fewstep.data.codec import decode, save_grid
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
-from fewstep.evaluation.features import FeatureNet, features_of, metric_name
+from fewstep.evaluation.features import FeatureNet, features_of
+from fewstep.evaluation.measure import metric_name
 from fewstep.evaluation.metrics import Stats, frechet_distance, gaussian_stats
 
 TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)

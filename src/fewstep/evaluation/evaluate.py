@@ -14,8 +14,8 @@ from torch import Tensor
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
-from fewstep.evaluation.features import FeatureNet, features_of, is_fid_net, iter_outputs
-from fewstep.evaluation.measure import METRICS, Fake, Real, available, measure, refuse
+from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
+from fewstep.evaluation.measure import METRICS, Fake, Real, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, evenly, open_reference
 from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
@@ -28,7 +28,6 @@ __all__ = [
     "draw_labels",
     "evaluate",
     "evaluate_samples",
-    "number_name",
     "open_reference",
     "to_host",
 ]
@@ -238,21 +237,10 @@ def numbers(
     real = Real(reference.stats, reference.rows, reference.labels)
     chosen = list(metrics) if metrics is not None else available(DEFAULT_METRICS, real, fake)
     found = measure(chosen, real, fake, replicates=replicates, seed=seed)
-    names = {m: number_name(m, reference, count) for m in chosen}
+    whole = reference.source is not None and reference.info["split"] == "train"
+    names = {m: metric_name(m, reference.net, count, whole_training_set=whole) for m in chosen}
     intervals = {names[m]: [found[m].low, found[m].high] for m in chosen if found[m].spread > 0}
     return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
-
-
-def number_name(metric: str, reference: Reference, count: int) -> str:
-    """The full name of a number: metric, feature net, samples, as in ``FD-MNIST-CNN-5k``.
-
-    "FID-50k" is said of the published Inception weights, 50,000 samples and a full training set alone.
-    """
-    whole = reference.source is not None and reference.info["split"] == "train"
-    if metric == "fd" and count == 50_000 and is_fid_net(reference.net) and whole:
-        return "FID-50k"
-    short = f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
-    return f"{METRICS[metric].label}-{reference.net.name}-{short}"
 
 
 def _warm_up(denoiser: Denoiser, solver: str, n: int, seed: int, cond: Tensor | None, batch_size: int | None) -> None:

@@ -31,7 +31,6 @@ from fewstep.evaluation.pretrained import Pretrained, file_hash, open_clip, open
 from fewstep.evaluation.small_nets import load_mnist_cnn, load_mobilenet
 
 PCA_ROWS = 4096
-METRICS = {"fd": "FD", "kid": "KID", "sw2": "SW2", "precision": "Precision", "recall": "Recall"}
 
 
 def open_features(spec: str, *, reference: Tensor | None = None) -> FeatureNet:
@@ -162,21 +161,6 @@ def features_of(
     if not parts:
         raise DataError("There are no images to compute features of", got=0, want="at least 1")
     return torch.cat(parts)
-
-
-def metric_name(metric: str, net: FeatureNet | str, n: int) -> str:
-    """The full name of a number: metric, net, samples.
-
-    >>> metric_name("fd", "MNIST-CNN", 5000), metric_name("kid", "Pixels", 1234)
-    ('FD-MNIST-CNN-5k', 'KID-Pixels-1234')
-
-    Raises:
-        ConfigError: no such metric; "fid" is none, because that name is taken by Inception's conventions.
-    """
-    if metric not in METRICS:
-        raise ConfigError(f"There is no metric '{metric}'", do=nearest(metric, METRICS))
-    count = f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else str(n)
-    return f"{METRICS[metric]}-{net if isinstance(net, str) else net.name}-{count}"
 
 
 def _pixel_net(rest: str, reference: Tensor | None) -> FeatureNet:

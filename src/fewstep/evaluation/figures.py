@@ -80,7 +80,7 @@ def number(value: float) -> str:
 
 
 def margin(value: float, interval: Interval | None) -> str:
-    """What stands behind a value: half of its interval to the value's own digits, or the interval's ends.
+    """What stands behind a value: half of its interval to at most two digits, or the interval's ends.
 
     >>> margin(11.4, (11.1, 11.7)), margin(0.352, (0.3401, 0.3639)), margin(2.0, (1.5, 4.0)), margin(2.0, None)
     ('± 0.30', '± 0.012', '1.50 to 4.00', '')
@@ -92,6 +92,8 @@ def margin(value: float, interval: Interval | None) -> str:
         return f"{number(low)} to {number(high)}"
     half, size = (high - low) / 2, abs(value)
     decimals = 0 if size >= 1000 else 2 if size >= 1 or size == 0 else 2 - math.floor(math.log10(size))
+    if half > 0:
+        decimals = max(0, min(decimals, 1 - math.floor(math.log10(float(f"{half:.2g}")))))
     text = f"{half:.{decimals}f}" if decimals < 6 else f"{half:.2g}"
     return f"± {text if float(text) else f'{half:.1g}'}"
 

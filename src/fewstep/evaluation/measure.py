@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.bootstrap import Estimate, evenly, half_samples, row_order, spread_of
 from fewstep.evaluation.extrapolation import fd_infinity, fd_infinity_least, fd_infinity_spread
+from fewstep.evaluation.features import FeatureNet, is_fid_net
 from fewstep.evaluation.manifold import memorised, neighbourhood
 from fewstep.evaluation.metrics import (
     FrechetReference,
@@ -170,6 +171,22 @@ def too_few(n: int, dim: int) -> str | None:
         f"{n:,} samples are few for {dim:,} features: even a perfect model would score an FD of about {bias:.3g} "
         f"(features of unit variance); {advice}."
     )
+
+
+def metric_name(metric: str, net: FeatureNet, count: int, *, whole_training_set: bool = False) -> str:
+    """The full name of a number: metric, feature net, samples, as in ``FD-MNIST-CNN-5k`` and ``KID-Pixels-1234``.
+
+    "FID-50k" is said of the published Inception weights, 50,000 samples and the whole training set alone.
+
+    Raises:
+        ConfigError: no such metric.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"There is no metric '{metric}'", do=nearest(metric, METRICS))
+    if metric == "fd" and count == 50_000 and is_fid_net(net) and whole_training_set:
+        return "FID-50k"
+    short = f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+    return f"{METRICS[metric].label}-{net.name}-{short}"
 
 
 # ------------------------------------------------------------------------------------- what is needed

@@ -293,11 +293,17 @@ def _root(cov: Tensor) -> Tensor:
 
 
 def _cubic(dot: Tensor, dim: int) -> Tensor:
-    return torch.pow(torch.div(dot, dim) + 1, 3)
+    base = dot / dim + 1
+    return base.square().mul_(base)  # several times faster than a power
 
 
 def _kernel_sum(x: Tensor, y: Tensor) -> float:
-    return sum(float(_cubic(rows @ y.T, x.shape[1]).sum()) for rows in torch.split(x, 1024))
+    """Σ_ij k(x_i, y_j), in blocks that stay in the cache; Σ b³ is the inner product of b² and b."""
+    total = 0.0
+    for rows in torch.split(x / x.shape[1], 64):
+        base = (rows @ y.T).add_(1).flatten()
+        total += float(base.square().dot(base))
+    return total
 
 
 def checked(features: Tensor, least: int) -> Tensor:

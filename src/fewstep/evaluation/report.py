@@ -183,14 +183,12 @@ def _title(record: Record) -> str:
 
 
 def _memorised(rows: Sequence[Row]) -> list[str]:
-    """What the memorisation metric found for the few-step models (all models, where there is no such)."""
-    tuned = [row for row in rows if not is_teacher(row.model)] or rows
-    return [
-        f"{row.model}, {evaluations(row.nfe)}: {name} {number(value)} {margin(value, row.intervals.get(name))}".strip()
-        for row in tuned
-        for name, value in row.metrics.items()
-        if name.startswith("Memorised")
-    ]
+    """What the memorisation metric found for the few-step model (or else for all), a line per name."""
+    found: dict[str, list[str]] = {}
+    for row in [row for row in rows if not is_teacher(row.model)] or rows:
+        for name in (name for name in row.metrics if name.startswith("Memorised")):
+            found.setdefault(name, []).append(f"{_cell(row, name)} with {evaluations(row.nfe)}")
+    return [f"{name}: {', '.join(values)}." for name, values in found.items()]
 
 
 # --- the verdict and the table ----------------------------------------------------------------------
