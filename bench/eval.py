@@ -3,7 +3,7 @@
     python bench/eval.py [--features pca:64 | mobilenet:PATH | inception:PATH | ...]
 
 Images are made block by block and never held; features are, up to 128 million values (512 MB). Prints, for each count,
-images per second, the seconds of every metric, and the growth of the process's resident memory: A B A B over the counts.
+images per second, the seconds of every metric, and the growth of the resident memory: A B A B over the counts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def main() -> None:
         for name in available(DEFAULT_METRICS, real, fake):
             started = time.perf_counter()
             found = measure([name], real, fake)[name]
-            print(f"    {name:<10} {found.value:9.4f} +- {1.96 * found.spread:.4f}  {time.perf_counter() - started:6.1f} s")
+            print(
+                f"    {name:<10} {found.value:9.4f} +- {1.96 * found.spread:.4f}  {time.perf_counter() - started:6.1f} s"
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from fewstep.data import SOURCES, Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
 from fewstep.evaluation.features import PCA_ROWS, open_features
-from fewstep.evaluation.report import Row
+from fewstep.evaluation.figures import Row
+from fewstep.evaluation.record import rows_from
 from fewstep.objectives import OBJECTIVES
 from fewstep.process import EDM
 from fewstep.recipes import default_recipe
@@ -316,11 +317,7 @@ def demo_teacher() -> Path:
 
 def rows_of(run: Run) -> list[Row]:
     """The quality table of a finished run."""
-    return [
-        Row(model, row["nfe"], row["metrics"], row["samples_per_second"])
-        for model, result in (run.results or {}).items()
-        for row in result["rows"]
-    ]
+    return rows_from(run.results or {})
 
 
 @contextmanager

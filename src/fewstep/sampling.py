@@ -221,7 +221,7 @@ def in_batches(
     batch_size: int | None,
     first: int,
 ) -> Samples:
-    """``run(model, latents, noise, cond)`` over samples ``first`` to ``first + n - 1``, in eval mode, noise per sample."""
+    """``run(model, latents, noise, cond)`` on samples ``first`` to ``first + n - 1``, in eval mode and in batches."""
     if n < 1:
         raise ConfigError("The number of samples must be at least 1", got=n)
     if first < 0:

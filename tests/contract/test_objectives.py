@@ -19,8 +19,8 @@ from fewstep.randomness import Streams
 from fewstep.times import Stages
 from fewstep.training.config import OptimConfig, RunConfig
 from fewstep.training.trainer import Trainer
-from fewstep.world import World
 from fewstep.types import Batch, Progress
+from fewstep.world import World
 
 ROWS, CPU = 6, torch.device("cpu")
 SPECS = {

@@ -18,7 +18,7 @@ from fewstep import EDM, Denoiser, Parametrization, save_model
 from fewstep.backbones import build
 from fewstep.checkpoint.model import latest_checkpoint
 from fewstep.checkpoint.store import read_tensors
-from fewstep.training.loop import read_history
+from fewstep.evaluation.record import read_history
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 TINY = {"sample_shape": [1, 8, 8], "channels": 8, "multipliers": [1, 2], "blocks": 1, "dropout": 0.2}

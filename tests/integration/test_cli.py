@@ -100,8 +100,20 @@ def test_help_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert sorted(ALL_VERBS) == sorted(
-        ["demo", "recipes", "plan", "convert", "pretrain", "tune", "resume"]
-        + ["sample", "eval", "dial", "report", "scaling"]
+        [
+            "demo",
+            "recipes",
+            "plan",
+            "convert",
+            "pretrain",
+            "tune",
+            "resume",
+            "sample",
+            "eval",
+            "dial",
+            "report",
+            "scaling",
+        ]
     )
     for verb in ALL_VERBS:
         assert re.search(rf"│ {verb} +[A-Z]\w+ ", text), verb

@@ -23,7 +23,7 @@ import fewstep
 from fewstep.checkpoint.model import latest_checkpoint
 from fewstep.checkpoint.store import read_tensors
 from fewstep.errors import ConfigError
-from fewstep.training.loop import read_history
+from fewstep.evaluation.record import read_history
 from fewstep.world import World
 
 OVERRIDES = {

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fewstep import EDM, Denoiser, ode_sample, sample
@@ -20,7 +16,7 @@ from fewstep.data import decode, open_source, save_images
 from fewstep.data.sources import ArraySource
 from fewstep.errors import ConfigError, DataError
 from fewstep.evaluation import samples as module
-from fewstep.evaluation.samples import SampleSet, draw_labels, from_pipeline, from_source, generated, to_host
+from fewstep.evaluation.samples import SampleSet, draw_labels, from_source, generated, to_host
 from fewstep.sampling import few_step_times, ode_sample_nfe
 
 SHAPE = (1, 4, 4)
@@ -161,7 +157,6 @@ def test_no_random_stream_is_touched() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     joined(generated(model(3), 9, 2))
-    joined(from_pipeline(Unconditional(), 3, steps=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -53,6 +53,14 @@ def dial(
     budget: Annotated[
         int, Parameter(validator=COUNT, help="Network evaluations per sample for the search of one step count.")
     ] = 60,
+    commit: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="Also measure early commit: stopping each sample once it is settled (commit.json, commit.png).",
+        ),
+    ] = False,
     features: Annotated[str, Parameter(help="A feature net, as of fewstep eval.")] = "auto",
     resize: Resize = None,
     channels: Channels = None,
@@ -77,15 +85,13 @@ def dial(
     For example:
 
     ```
-    fewstep dial run --data photos.zip --teacher teacher
+    fewstep dial run --data photos.zip --teacher teacher --commit
     fewstep dial run --data digits --steps 2,4 -n 5000 --dry
     ```
     """
-    from fewstep.checkpoint.store import write_json
     from fewstep.cli.options import command_line, open_model
     from fewstep.data import open_source
-    from fewstep.evaluation.dial import Settings, Watch, check, conclusion, model_directory, search, write_times
-    from fewstep.evaluation.dial_plot import dial_png
+    from fewstep.evaluation.dial import Settings, Watch, check, conclusion, model_directory, search
     from fewstep.evaluation.reference import open_reference
     from fewstep.evaluation.statistics_file import is_statistics
     from fewstep.runs import check_shape
@@ -125,19 +131,35 @@ def dial(
         result = check(denoiser, reference, times, settings, teacher=baseline, batch_size=batch_size, watch=watch)
     result = {"model": model, "teacher": teacher} | about | result | {"conclusion": conclusion(result)}
     result |= {"command": command_line(), "environment": environment(denoiser.device), "written": None}
+    _write(output, result, place, directory)
+    if commit:
+        from fewstep.cli.early import measure_commit
+
+        result["commit"] = measure_commit(
+            output, denoiser, baseline, reference,
+            samples=samples, seed=settings.seed, batch_size=batch_size, place=place,
+        )  # fmt: skip
+    output.result(result)
+    return 0
+
+
+def _write(output: Output, result: dict[str, Any], place: Path | None, directory: Path | None) -> None:
+    """Times into the model, dial.json and dial.png into ``place``; says what was written."""
+    from fewstep.checkpoint.store import write_json
+    from fewstep.evaluation.dial import write_times
+    from fewstep.evaluation.dial_plot import dial_png
+
     kept = {int(n): entry["times"] for n, entry in result["steps"].items() if entry["kept"] == "found"}
     if place is not None and directory is not None and kept:
         result["written"] = str(directory / "config.json")
     _show(output, result)
-    if place is not None and partial is not None:
+    if place is not None:
         dial_png(place / PICTURE, result, _caption(result))
         if directory is not None and kept:
             write_times(directory, kept)
         write_json(place / RESULT, result)
-        partial.unlink(missing_ok=True)
+        (place / PARTIAL).unlink(missing_ok=True)
     _say_written(output, result, place, directory, kept)
-    output.result(result)
-    return 0
 
 
 @contextmanager

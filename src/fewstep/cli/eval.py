@@ -61,8 +61,8 @@ def eval(
     metrics: Annotated[
         str,
         Parameter(
-            help="Of fd, fd_inf, kid, sw2, precision, recall, density, coverage, memorised, is, class. auto: all of these "
-            "but fd_inf, as far as model, data and features allow; all: fd_inf too."
+            help="Of fd, fd_inf, kid, sw2, precision, recall, density, coverage, memorised, is, class. auto: all of "
+            "these but fd_inf, as far as model, data and features allow; all: fd_inf too."
         ),
     ] = "auto",
     sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",

@@ -239,7 +239,8 @@ def _measured(
     if isinstance(subject, Denoiser):
         return evaluate(
             subject, reference, steps=job.steps, solver=job.solver, metrics=metrics, samples=request.count, seed=seed,
-            batch_size=request.batch_size, replicates=request.replicates, on_row=show, on_progress=counting, world=world,
+            batch_size=request.batch_size, replicates=request.replicates, on_row=show, on_progress=counting,
+            world=world,
         )  # fmt: skip
     if isinstance(subject, Pipeline):
         batch_size = request.batch_size or PIPELINE_BATCH

@@ -235,7 +235,7 @@ def _size(run: Run, against: Against) -> float:
     from fewstep.checkpoint.store import read_json
     from fewstep.errors import DataError
     from fewstep.evaluation.compute import training_flops
-    from fewstep.training.loop import read_history
+    from fewstep.evaluation.record import read_history
 
     if against == "seconds":
         history = read_history(run.path)

@@ -24,8 +24,8 @@ from fewstep.denoiser import Denoiser
 from fewstep.errors import CheckpointError, ConfigError, DataError
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
 from fewstep.evaluation.features import features_of
-from fewstep.evaluation.measure import metric_name
 from fewstep.evaluation.figures import evaluations, number
+from fewstep.evaluation.measure import metric_name
 from fewstep.evaluation.metrics import frechet_distance, gaussian_stats
 from fewstep.evaluation.reference import Reference, check_comparable
 from fewstep.evaluation.samples import draw_labels, to_host

@@ -214,8 +214,8 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
             )
         return pipeline.to(device)
     except Exception as error:  # someone else's code may raise anything
-        do = "Is it a complete folder that diffusers wrote, with its weights as .safetensors?"
-        do = do if local.is_dir() else f"Download all of it: hf download {where}"
+        do = "It must be complete, with its weights as .safetensors"
+        do = do if local.is_dir() else f"{do}; run: hf download {where}"
         raise ConfigError(f"{what} cannot be opened: {_reason(error)}", do=do) from error
 
 
@@ -232,7 +232,7 @@ def _is_downloaded(hub_id: str) -> bool:
 def _quiet(logging: Any) -> Iterator[None]:
     """No advice and no bars on the terminal while a pipeline is opened."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
         yield

@@ -21,6 +21,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.errors import FewstepError, Interrupted, Preempted
 from fewstep.evaluation.evaluate import draw_labels, to_host
 from fewstep.evaluation.pictures import save_points
+from fewstep.evaluation.record import read_history
 from fewstep.sampling import sample
 from fewstep.training.state import save_state
 from fewstep.training.trainer import StepReport, Trainer
@@ -143,18 +144,6 @@ class _Log:
         self._last, self._images = now, seen
         append_text(self._path, json.dumps(row) + "\n")
         return row
-
-
-def read_history(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line that a crash cut short is ignored."""
-    path = run / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _save_good(trainer: Trainer, run: Path) -> Path:
