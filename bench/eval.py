@@ -74,9 +74,8 @@ def main() -> None:
         for name in available(DEFAULT_METRICS, real, fake):
             started = time.perf_counter()
             found = measure([name], real, fake)[name]
-            print(
-                f"    {name:<10} {found.value:9.4f} +- {1.96 * found.spread:.4f}  {time.perf_counter() - started:6.1f} s"
-            )
+            print(f"    {name:<10} {found.value:9.4f} +- {found.high - found.value:.4f}", end="")
+            print(f"  {time.perf_counter() - started:6.1f} s")
 
 
 if __name__ == "__main__":
