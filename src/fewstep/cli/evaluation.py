@@ -28,6 +28,7 @@ from fewstep.evaluation.reference import check_comparable
 from fewstep.evaluation.report import print_table
 from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
 from fewstep.evaluation.seeds import over_seeds
+from fewstep.evaluation.statistics_file import is_statistics
 from fewstep.runs import check_shape, joined
 from fewstep.world import World
 
@@ -186,36 +187,40 @@ def _check_options(request: Request, subject: Subject) -> None:
 
 
 def _reference(request: Request, job: Job, world: World, counting: Counting) -> Reference:
+    data: Source | str = request.data
+    if not is_statistics(request.data):
+        data = open_source(request.data, split=request.split, resize=request.resize, channels=request.channels)
+        if isinstance(job.subject, Denoiser):
+            check_shape(job.subject, data)
     reference = open_reference(
-        request.data,
+        data,
         request.features,
         split=request.split,
         resize=request.resize,
         channels=request.channels,
+        like=None if isinstance(job.subject, Denoiser | Pipeline) else job.subject.shape,
         device=world.device,
         progress=lambda done, total: counting(f"reading {request.data}", done, total),
     )
-    if isinstance(job.subject, Denoiser) and reference.source is not None:
-        check_shape(job.subject, reference.source)
-    elif isinstance(job.subject, Denoiser):
+    if isinstance(job.subject, Denoiser):
         check_comparable(reference, job.subject.sample_shape, len(job.subject.sample_shape) == 3)
     return reference
 
 
-def _chosen(metrics: str) -> list[str] | None:
-    """None for "auto"; every metric for "all"; else the names, in order."""
+def _chosen(metrics: str) -> Sequence[str] | None:
+    """None for "auto"; "all"; or the names, in order."""
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     if not names:
         raise ConfigError("--metrics is empty", want="for example fd,kid")
     for name in names:
         if name not in METRICS and names not in (["auto"], ["all"]):
             raise ConfigError(f"There is no metric '{name}'", do=nearest(name, [*METRICS, "auto", "all"]))
-    return None if names in (["auto"], ["all"]) else names
+    return None if names == ["auto"] else "all" if names == ["all"] else names
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def _over_seeds(
-    request: Request, job: Job, reference: Reference, metrics: list[str] | None, world: World, counting: Counting
+    request: Request, job: Job, reference: Reference, metrics: Sequence[str] | None, world: World, counting: Counting
 ) -> dict[str, Any]:
     seeds = range(request.seed, request.seed + request.repeats)
     found = [_measured(request, job, reference, metrics, seed, world, counting) for seed in seeds]
@@ -226,7 +231,7 @@ def _measured(
     request: Request,
     job: Job,
     reference: Reference,
-    metrics: list[str] | None,
+    metrics: Sequence[str] | None,
     seed: int,
     world: World,
     counting: Counting,

@@ -65,7 +65,7 @@ def evaluate(
             :func:`open_reference`.
         steps: numbers of network evaluations.
         solver: "consistency" (few-step sampler) or "ode" (EDM's Heun; Euler where the count is even).
-        metrics: names in METRICS; default: DEFAULT_METRICS as far as they apply.
+        metrics: names in METRICS, or "all" that apply; default: DEFAULT_METRICS as far as they apply.
         samples: per step count; conditional models get labels drawn from the data.
         seed: sample i of every step count starts from the same noise.
         replicates: half-samples behind each 95 % interval; 0 for none.
@@ -82,21 +82,24 @@ def evaluate(
     """
     if solver not in SOLVERS:
         raise ConfigError(f"There is no solver '{solver}'", do=nearest(solver, SOLVERS))
-    for name in metrics or ():
+    for name in _named(metrics):
         if name not in METRICS:
             raise ConfigError(f"There is no metric '{name}'", do=nearest(name, METRICS))
     if samples < 2:
         raise ConfigError("An evaluation needs at least two samples", got=samples)
-    reference = data if isinstance(data, Reference) else open_reference(data, features, device=denoiser.device)
+    shape, device = denoiser.sample_shape, denoiser.device
+    reference = data if isinstance(data, Reference) else open_reference(data, features, like=shape, device=device)
     images = reference.source.is_images if reference.source is not None else len(denoiser.sample_shape) == 3
-    check_comparable(reference, denoiser.sample_shape, images)
+    check_comparable(reference, shape, images)
     cond = draw_labels(denoiser, reference.source, samples, seed)
-    _warm_up(denoiser, solver, min(samples, 8), seed, cond, batch_size)
     kind = cast(Literal["consistency", "ode"], solver)
-    sets = (
+    sets = [
         generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, batch_size=batch_size, is_images=images)
         for count in steps
-    )
+    ]
+    for one in sets:
+        _check_needs(_named(metrics), reference, one)
+    _warm_up(denoiser, solver, min(samples, 8), seed, cond, batch_size)
     return evaluate_samples(
         sets,
         reference,
@@ -126,13 +129,13 @@ def evaluate_samples(
 
     Samples pass in blocks: images are never held, features up to 128 million values.
     """
-    wanted = "is" in (DEFAULT_METRICS if metrics is None else metrics)
+    wanted = metrics in (None, "all") or "is" in _named(metrics)
     rows: list[dict[str, Any]] = []
     count = 0
     for samples in sets:
         check_comparable(reference, samples.shape, samples.is_images)
         count = samples.count
-        _check_needs(metrics or (), reference, samples)
+        _check_needs(_named(metrics), reference, samples)
         fake, seconds = see(samples, reference.net, logits=wanted, device=device, on_progress=on_progress, world=world)
         if fake is None:
             continue
@@ -149,6 +152,11 @@ def evaluate_samples(
         "seed": seed,
         "rows": rows,
     }
+
+
+def _named(metrics: Sequence[str] | None) -> Sequence[str]:
+    """The metrics asked for by name; none where whatever applies is wanted."""
+    return () if metrics is None or metrics == "all" else metrics
 
 
 def _check_needs(metrics: Sequence[str], reference: Reference, samples: SampleSet) -> None:
@@ -235,11 +243,12 @@ def numbers(
 ) -> dict[str, Any]:
     """``{"metrics": {name: value}, "intervals": {name: [low, high]}}``, in the order asked for."""
     real = Real(reference.stats, reference.rows, reference.labels)
-    chosen = list(metrics) if metrics is not None else available(DEFAULT_METRICS, real, fake)
+    whatever_applies = None if metrics == "all" else DEFAULT_METRICS
+    chosen = list(_named(metrics)) or available(whatever_applies, real, fake)
     found = measure(chosen, real, fake, replicates=replicates, seed=seed)
     whole = reference.source is not None and reference.info["split"] == "train"
     names = {m: metric_name(m, reference.net, count, whole_training_set=whole) for m in chosen}
-    intervals = {names[m]: [found[m].low, found[m].high] for m in chosen if found[m].spread > 0}
+    intervals = {names[m]: list(METRICS[m].clipped(found[m])) for m in chosen if found[m].spread > 0}
     return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
 
 

@@ -94,12 +94,19 @@ class Metric:
         higher_is_better: which way it points.
         needs: names of :data:`NEEDS`.
         measure: (real, fake, replicates, seed) -> the estimate.
+        least, most: between which every value lies.
     """
 
     label: str
     higher_is_better: bool
     needs: frozenset[str]
     measure: Callable[[Real, Fake, int, int], Estimate]
+    least: float = -math.inf
+    most: float = math.inf
+
+    def clipped(self, estimate: Estimate) -> tuple[float, float]:
+        """The 95 % interval, within what is possible."""
+        return max(estimate.low, self.least), min(estimate.high, self.most)
 
 
 @dataclass(frozen=True)
@@ -336,16 +343,16 @@ def _taken(values: Tensor | None, order: Tensor) -> Tensor | None:
 
 ROWS = frozenset({"rows"})
 METRICS: dict[str, Metric] = {
-    "fd": Metric("FD", False, frozenset(), fd_estimate),
+    "fd": Metric("FD", False, frozenset(), fd_estimate, 0.0),
     "fd_inf": Metric("FD-inf", False, frozenset({"many"}), fd_inf_estimate),
     "kid": Metric("KID", False, ROWS, kid_estimate),
-    "sw2": Metric("SW2", False, ROWS, sw2_estimate),
-    "precision": Metric("Precision", True, ROWS, _neighbour("precision")),
-    "recall": Metric("Recall", True, ROWS, _neighbour("recall")),
-    "density": Metric("Density", True, ROWS, _neighbour("density")),
-    "coverage": Metric("Coverage", True, ROWS, _neighbour("coverage")),
-    "memorised": Metric("Memorised", False, frozenset({"every row"}), _memorised),
-    "is": Metric("IS", True, frozenset({"logits"}), _inception_score),
-    "class": Metric("ClassAgreement", True, ROWS | {"labels"}, _class_agreement),
+    "sw2": Metric("SW2", False, ROWS, sw2_estimate, 0.0),
+    "precision": Metric("Precision", True, ROWS, _neighbour("precision"), 0.0, 1.0),
+    "recall": Metric("Recall", True, ROWS, _neighbour("recall"), 0.0, 1.0),
+    "density": Metric("Density", True, ROWS, _neighbour("density"), 0.0),
+    "coverage": Metric("Coverage", True, ROWS, _neighbour("coverage"), 0.0, 1.0),
+    "memorised": Metric("Memorised", False, frozenset({"every row"}), _memorised, 0.0, 1.0),
+    "is": Metric("IS", True, frozenset({"logits"}), _inception_score, 1.0),
+    "class": Metric("ClassAgreement", True, ROWS | {"labels"}, _class_agreement, 0.0, 1.0),
 }
 NEIGHBOURHOOD = {"precision", "recall", "density", "coverage"}

@@ -81,6 +81,7 @@ def open_reference(
     resize: int | None = None,
     channels: int | None = None,
     rows: int | None = None,
+    like: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 64,
     cache: bool = True,
@@ -93,6 +94,7 @@ def open_reference(
         features: a net or its spec; "auto" is "pixels" up to 256 values per sample, else "pca:64".
         split, resize, channels: of the data, when opened here; of an open source they only state what it is.
         rows: most samples whose features are kept; never more than 128 million values.
+        like: shape of the samples that will be measured: another one is refused before the pass.
         batch_size: samples the net sees at once.
         cache: False neither reads nor writes the cache. A damaged entry is made anew and a cache that cannot be
             written is done without; ``info["notes"]`` says so.
@@ -114,6 +116,8 @@ def open_reference(
             return _open_statistics(Path(str(data).removeprefix("npz:")).expanduser(), features)
         data = open_source(str(data), resize=resize, channels=channels, split=split)
     _check_source(data, resize, channels)
+    if like is not None:
+        _refuse_others(_describe(data, split, resize, channels, 0), False, like, data.is_images, None)
     net = features if isinstance(features, FeatureNet) else _open_net(data, features)
     kept = evenly(len(data), max(2, min(rows or len(data), KEPT_VALUES // net.dim)))
     labels = None if data.labels is None else torch.from_numpy(data.labels[kept])
@@ -151,10 +155,20 @@ def check_comparable(
     Raises:
         DataError: what differs. A statistics file that does not state its images is taken on trust.
     """
-    stated = reference.info["preprocessing"]
+    _refuse_others(reference.info, reference.source is None, sample_shape, is_images, preprocessing)
+
+
+def _refuse_others(
+    info: Mapping[str, Any],
+    is_statistics: bool,
+    sample_shape: Sequence[int],
+    is_images: bool,
+    preprocessing: Mapping[str, Any] | None,
+) -> None:
+    stated = info["preprocessing"]
     coding = (preprocessing or {}).get("coding") or CODING[is_images]
     shape, want = tuple(sample_shape), stated.get("shape")
-    name = reference.info["source"]
+    name = info["source"]
     if stated.get("coding") not in (None, coding):
         raise DataError(
             f"The samples cannot be compared with '{name}': their values are coded differently",
@@ -173,7 +187,7 @@ def check_comparable(
         )
     else:
         what, do = "resolution", f"Open the reference with --resize {shape[1]}: nothing is resized silently"
-    if reference.source is None:
+    if is_statistics:
         do = "Use statistics of images like the samples, or the images themselves"
     raise DataError(
         f"The samples and the reference '{name}' differ in {what}", got=_size(shape), want=_size(want), do=do
