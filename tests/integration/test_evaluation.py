@@ -429,8 +429,7 @@ def test_intervals_are_there_and_hold_their_numbers(measured: Measure) -> None:
     for row in found["rows"]:
         assert {name.removesuffix("-PCA5-60") for name in row["metrics"]} == labels
         for name, (low, high) in row["intervals"].items():
-            assert low < row["metrics"][name] < high
-            assert (low + high) / 2 == pytest.approx(row["metrics"][name], rel=1e-6, abs=1e-9)
+            assert low <= row["metrics"][name] <= high and low < high
         always = {f"{label}-PCA5-60" for label in ("FD", "FD-inf", "KID", "SW2", "Density")}
         assert always <= row["intervals"].keys()
     bare = measured(*options, "--metrics", "fd", "--replicates", 0)

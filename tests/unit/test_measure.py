@@ -279,3 +279,22 @@ def test_fid_50k_is_said_of_one_thing_only() -> None:
     assert metric_name("fd", inception, 10_000, whole_training_set=True) == "FD-Inception-10k"
     assert metric_name("kid", inception, 50_000, whole_training_set=True) == "KID-Inception-50k"
     assert metric_name("fd", net("Inception-1234abcd"), 50_000, whole_training_set=True) == "FD-Inception-1234abcd-50k"
+
+
+# --- Intervals --------------------------------------------------------------------------------------------
+
+
+def test_intervals_stay_within_what_is_possible() -> None:
+    share, distance, free = METRICS["recall"], METRICS["fd"], METRICS["kid"]
+    assert share.interval(module.Estimate(0.99, 0.01), 100) == (pytest.approx(0.9704), 1.0)
+    assert distance.interval(module.Estimate(0.1, 0.1), 100) == (0.0, pytest.approx(0.296))
+    assert free.interval(module.Estimate(0.1, 0.1), 100) == (pytest.approx(-0.096), pytest.approx(0.296))
+
+
+def test_a_share_of_nothing_or_all_has_the_rule_of_three() -> None:
+    memorised = METRICS["memorised"]
+    assert memorised.interval(module.Estimate(0.0), 300) == (0.0, pytest.approx(0.01))
+    assert memorised.interval(module.Estimate(1.0), 300) == (pytest.approx(0.99), 1.0)
+    assert memorised.interval(module.Estimate(0.0), 2) == (0.0, 1.0)
+    assert memorised.interval(module.Estimate(0.5), 300) is None  # not estimated
+    assert METRICS["fd"].interval(module.Estimate(0.0), 300) is None

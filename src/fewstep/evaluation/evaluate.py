@@ -248,7 +248,8 @@ def numbers(
     found = measure(chosen, real, fake, replicates=replicates, seed=seed)
     whole = reference.source is not None and reference.info["split"] == "train"
     names = {m: metric_name(m, reference.net, count, whole_training_set=whole) for m in chosen}
-    intervals = {names[m]: list(METRICS[m].clipped(found[m])) for m in chosen if found[m].spread > 0}
+    spans = {names[m]: METRICS[m].interval(found[m], count) for m in chosen if replicates}
+    intervals = {name: list(span) for name, span in spans.items() if span is not None}
     return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
 
 

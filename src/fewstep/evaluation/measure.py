@@ -104,9 +104,17 @@ class Metric:
     least: float = -math.inf
     most: float = math.inf
 
-    def clipped(self, estimate: Estimate) -> tuple[float, float]:
-        """The 95 % interval, within what is possible."""
-        return max(estimate.low, self.least), min(estimate.high, self.most)
+    def interval(self, estimate: Estimate, count: int) -> tuple[float, float] | None:
+        """The 95 % interval of a number of ``count`` samples, within what is possible; None where it was not estimated.
+
+        A share of exactly 0 or 1 has no spread; its interval is the rule of three, 3/count wide (Hanley 1983).
+        """
+        if estimate.spread > 0:
+            return max(estimate.low, self.least), min(estimate.high, self.most)
+        if (self.least, self.most) != (0.0, 1.0) or estimate.value not in (0.0, 1.0):
+            return None
+        width = min(3 / count, 1.0)
+        return (0.0, width) if estimate.value == 0 else (1 - width, 1.0)
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,7 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int
     x, y = checked_pair(x, y, least=2)
     x, y = x[row_order(x)], y[row_order(y)]
     size = min(size, len(x), len(y))
+    subsets = 1 if size == len(x) == len(y) else subsets  # every subset is the whole
     rng = torch.Generator().manual_seed(seed)
 
     def draw(z: Tensor) -> Tensor:

@@ -129,7 +129,9 @@ def read_statistics(path: Path) -> StatisticsFile:
 
 
 def net_for_statistics(file: StatisticsFile, features: str) -> FeatureNet:
-    """The named net, tried on a black and a white image of the stated shape (32x32 RGB where none is stated).
+    """The named net, tried on a black and a white image of the stated shape.
+
+    Where none is stated the images are 32x32 RGB, or for "pixels" rows of as many values as there are.
 
     Raises:
         ConfigError: "auto" or a PCA, which the file cannot give; or as :func:`open_features`.
@@ -140,7 +142,8 @@ def net_for_statistics(file: StatisticsFile, features: str) -> FeatureNet:
             got=features,
             do="Name the net they were made with: --features inception:PATH for EDM's files",
         )
-    shape = (file.stated["preprocessing"] or {}).get("shape") or [3, 32, 32]
+    shape = (file.stated["preprocessing"] or {}).get("shape")
+    shape = shape or ([len(file.stats.mean)] if features == "pixels" else [3, 32, 32])
     black = torch.zeros(shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
     return open_features(features, reference=torch.stack([black, black + 255]))
 
