@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,15 @@ def load(
     else:
         raise _not_a_model(root)
     return denoiser.to(device).eval() if device is not None else denoiser.eval()
+
+
+def weights_hash(denoiser: Denoiser) -> str:
+    """sha256, in hex, of the names and bits of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(denoiser.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def latest_checkpoint(run: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as json_module
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,14 +207,10 @@ def _place(directory: Path | None, out: Path | None, dry: bool) -> Path | None:
 
 def _about(denoiser: Denoiser, reference: Reference, settings: Settings) -> dict[str, Any]:
     """What the result of the search depends on: provenance, and the key by which a search goes on."""
-    import torch
+    from fewstep.checkpoint.model import weights_hash
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     about = {
-        "weights": digest.hexdigest(),
+        "weights": weights_hash(denoiser),
         "features": {"name": reference.net.name, "hash": reference.net.hash},
         "reference": {k: v for k, v in reference.info.items() if k not in ("cache", "notes")},
         "settings": asdict(settings) | {"held_out_seed": settings.seed + 1},

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewstep.checkpoint.model import weights_hash
 from fewstep.checkpoint.store import write_json
+from fewstep.cli.numbers import describe, effort, show, value_of
 from fewstep.cli.options import Output, open_model
+from fewstep.cli.partial import Partial
 from fewstep.cli.progress import Counting
 from fewstep.cli.write import parse_numbers
 from fewstep.data import Source, open_source
@@ -20,12 +23,10 @@ from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, nearest
 from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
 from fewstep.evaluation.agreement import teacher_agreement
-from fewstep.evaluation.figures import Row, higher_is_better, number
 from fewstep.evaluation.measure import too_few
 from fewstep.evaluation.pipelines import from_pipeline, open_pipeline
 from fewstep.evaluation.record import TEACHER
 from fewstep.evaluation.reference import check_comparable
-from fewstep.evaluation.report import print_table
 from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.evaluation.statistics_file import is_statistics
@@ -95,14 +96,25 @@ class Job:
     steps: list[int]
 
 
+@dataclass(frozen=True)
+class Session:
+    """What all measurements of one call share."""
+
+    request: Request
+    reference: Reference
+    metrics: Sequence[str] | None
+    world: World
+    counting: Counting
+    parts: Partial
+
+
 def run(request: Request, output: Output) -> int:
     """Measure, print the table, write the result."""
     steps = parse_numbers(request.steps or STEPS, "--steps", int)
     teacher_steps = parse_numbers(request.teacher_nfe or TEACHER_NFE, "--teacher-nfe", int)
     if min(steps + teacher_steps) < 1:
         raise ConfigError("The number of sampling steps must be at least 1", got=min(steps + teacher_steps))
-    if request.out is not None and request.out.is_dir():
-        raise ConfigError("The result is written to a file", got=f"--out {request.out}, a directory")
+    kept = Partial.beside(request.out)
     metrics = _chosen(request.metrics)
     if request.replicates == 1:
         raise ConfigError("A spread needs at least two half-samples", got="--replicates 1", want="0, or 2 and more")
@@ -112,22 +124,37 @@ def run(request: Request, output: Output) -> int:
         job = Job(subject, request.sampler, steps)
         teacher = None if request.teacher is None else open_model(request.teacher, device=str(world.device))
         reference = _reference(request, job, world, counting)
-        counting.say(f"{request.model} against {_about(reference)}")
+        counting.say(f"{request.model} against {describe(reference)}")
         for note in _notes(reference, job, request):
             counting.say(note)
-        result = _over_seeds(request, job, reference, metrics, world, counting) | {"model": request.model}
+        parts = Partial(kept if world.size == 1 else None, _depends_on(request, reference, subject, teacher))
+        if len(parts):
+            counting.say(f"Going on: {len(parts)} parts of this measurement were kept in {kept}")
+        session = Session(request, reference, metrics, world, counting, parts)
+        result = _over_seeds(session, job) | {"model": request.model}
         if teacher is not None:
-            slow = Job(teacher, "ode", teacher_steps)
-            result["teacher"] = _over_seeds(request, slow, reference, metrics, world, counting)
-            result["teacher"]["model"] = request.teacher
+            result["teacher"] = _over_seeds(session, Job(teacher, "ode", teacher_steps)) | {"model": request.teacher}
             if world.leads:
-                result["teacher_agreement"] = _agreement(request, job, teacher, reference, counting)
+                result["teacher_agreement"] = _agreement(session, job, teacher)
     if world.leads:
-        _show(output, request, result)
+        show(output, TEACHER if request.sampler == "ode" else Path(request.model).name, result)
         output.result(result)
         if request.out is not None:
             write_json(request.out, result)
+            parts.done()
     return 0
+
+
+def _depends_on(request: Request, reference: Reference, subject: Subject, teacher: Denoiser | None) -> dict[str, Any]:
+    """What every part of a measurement depends on; step counts and seeds are in the names of the parts."""
+    free = ("out", "steps", "teacher_nfe", "repeats", "seed", "device")
+    models = {"model": subject, "teacher": teacher}
+    return {
+        "request": {key: value for key, value in vars(request).items() if key not in free},
+        "reference": [reference.info["fingerprint"], reference.info["preprocessing_hash"], reference.net.hash],
+        "weights": {name: weights_hash(model) for name, model in models.items() if isinstance(model, Denoiser)},
+        "files": None if isinstance(subject, Denoiser | Pipeline) else subject.fingerprint,
+    }
 
 
 # --------------------------------------------------------------------------------------------- what is measured
@@ -219,34 +246,36 @@ def _chosen(metrics: str) -> Sequence[str] | None:
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
-def _over_seeds(
-    request: Request, job: Job, reference: Reference, metrics: Sequence[str] | None, world: World, counting: Counting
-) -> dict[str, Any]:
-    seeds = range(request.seed, request.seed + request.repeats)
-    found = [_measured(request, job, reference, metrics, seed, world, counting) for seed in seeds]
+def _over_seeds(session: Session, job: Job) -> dict[str, Any]:
+    request = session.request
+    found = [_measured(session, job, seed) for seed in range(request.seed, request.seed + request.repeats)]
     return found[0] if len(found) == 1 else over_seeds(found)
 
 
-def _measured(
-    request: Request,
-    job: Job,
-    reference: Reference,
-    metrics: Sequence[str] | None,
-    seed: int,
-    world: World,
-    counting: Counting,
-) -> dict[str, Any]:
-    def show(row: dict[str, Any]) -> None:
-        what = "images" if row["steps"] is None else f"{row['solver']}, {_effort(row)}, seed {seed}"
-        counting.say(f"  {what}: " + "  ".join(_value(row, name) for name in [*row["metrics"]][:3]))
+def _measured(session: Session, job: Job, seed: int) -> dict[str, Any]:
+    """Of a model each step count is a part of its own: it takes longest."""
+    part = session.parts.part
+    if not isinstance(job.subject, Denoiser):
+        return part(f"seed {seed}", lambda: _of_others(session, job, seed))
+    found = [
+        part(f"{job.solver}, {n} NFE, seed {seed}", partial(_of_a_model, session, job, n, seed)) for n in job.steps
+    ]
+    return found[0] | {"rows": [row for one in found for row in one["rows"]]}
 
-    subject = job.subject
-    if isinstance(subject, Denoiser):
-        return evaluate(
-            subject, reference, steps=job.steps, solver=job.solver, metrics=metrics, samples=request.count, seed=seed,
-            batch_size=request.batch_size, replicates=request.replicates, on_row=show, on_progress=counting,
-            world=world,
-        )  # fmt: skip
+
+def _of_a_model(session: Session, job: Job, steps: int, seed: int) -> dict[str, Any]:
+    assert isinstance(job.subject, Denoiser)
+    request = session.request
+    return evaluate(
+        job.subject, session.reference, steps=[steps], solver=job.solver, metrics=session.metrics,
+        samples=request.count, seed=seed, batch_size=request.batch_size, replicates=request.replicates,
+        on_row=partial(_show_row, session, seed), on_progress=session.counting, world=session.world,
+    )  # fmt: skip
+
+
+def _of_others(session: Session, job: Job, seed: int) -> dict[str, Any]:
+    """Someone else's pipeline, or images made elsewhere."""
+    request, subject = session.request, job.subject
     if isinstance(subject, Pipeline):
         batch_size = request.batch_size or PIPELINE_BATCH
         sets = [
@@ -254,13 +283,20 @@ def _measured(
             for n in job.steps
         ]
     else:
+        assert not isinstance(subject, Denoiser)
         sets = [from_source(subject)]
-    if metrics is None:
-        sets = [_labelled_alike(samples, reference) for samples in sets]
+    if session.metrics is None:
+        sets = [_labelled_alike(samples, session.reference) for samples in sets]
     return evaluate_samples(
-        sets, reference, metrics=metrics, seed=seed, replicates=request.replicates, device=world.device, on_row=show,
-        on_progress=counting, world=world,
+        sets, session.reference, metrics=session.metrics, seed=seed, replicates=request.replicates,
+        device=session.world.device, on_row=partial(_show_row, session, seed), on_progress=session.counting,
+        world=session.world,
     )  # fmt: skip
+
+
+def _show_row(session: Session, seed: int, row: dict[str, Any]) -> None:
+    what = "images" if row["steps"] is None else f"{row['solver']}, {effort(row)}, seed {seed}"
+    session.counting.say(f"  {what}: " + "  ".join(value_of(row, name) for name in [*row["metrics"]][:3]))
 
 
 def _labelled_alike(samples: SampleSet, reference: Reference) -> SampleSet:
@@ -270,112 +306,22 @@ def _labelled_alike(samples: SampleSet, reference: Reference) -> SampleSet:
     return replace(samples, labels=None)
 
 
-def _agreement(
-    request: Request, job: Job, teacher: Denoiser, reference: Reference, counting: Counting
-) -> dict[str, Any]:
+def _agreement(session: Session, job: Job, teacher: Denoiser) -> dict[str, Any]:
     assert isinstance(job.subject, Denoiser)
+    request, student = session.request, job.subject
     samples = min(AGREEMENT_SAMPLES, request.count)
-    counting(f"{TEACHER}: 72 nodes for {samples} samples", 0, samples)
-    cond = draw_labels(job.subject, reference.source, samples, request.seed)
-    return teacher_agreement(
-        job.subject, teacher, steps=job.steps, samples=samples, seed=request.seed, cond=cond,
-        batch_size=request.batch_size, replicates=request.replicates,
+    session.counting(f"{TEACHER}: 72 nodes for {samples} samples", 0, samples)
+    cond = draw_labels(student, session.reference.source, samples, request.seed)
+    return session.parts.part(
+        f"agreement, {job.steps}, seed {request.seed}",
+        lambda: teacher_agreement(
+            student, teacher, steps=job.steps, samples=samples, seed=request.seed, cond=cond,
+            batch_size=request.batch_size, replicates=request.replicates,
+        ),
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------ telling
-def _about(reference: Reference) -> str:
-    info, net = reference.info, reference.net
-    count = f"{info['count']:,} samples" if info["count"] else "an unstated number of samples"
-    split = f", split {info['split']}" if info["split"] else ""
-    return f"{info['source']} ({count}{split}), features {net.name} {net.hash[:8]}"
 
 
 def _notes(reference: Reference, job: Job, request: Request) -> list[str]:
     """What the reader of the numbers must know: gaps in the reference's story, and the bias of few samples."""
     count = request.count if isinstance(job.subject, Denoiser | Pipeline) else len(job.subject)
     return [*reference.info["notes"], *filter(None, [too_few(count, reference.net.dim)])]
-
-
-def _effort(row: dict[str, Any]) -> str:
-    """Network evaluations; or the steps, where a pipeline's network is not known."""
-    return f"{row['steps']} steps" if row["nfe"] is None else f"{row['nfe']} NFE"
-
-
-def _value(row: dict[str, Any], name: str) -> str:
-    text = f"{name} {number(row['metrics'][name])}"
-    interval = row["intervals"].get(name)
-    return f"{text} ± {number((interval[1] - interval[0]) / 2)}" if interval else text
-
-
-def _show(output: Output, request: Request, result: dict[str, Any]) -> None:
-    """The table; lines about seeds and the teacher's ODE."""
-    if not output.speaks:
-        return
-    found = [("teacher (diffusion)" if request.sampler == "ode" else Path(request.model).name, result)]
-    found += [(TEACHER, result["teacher"])] if "teacher" in result else []
-    rows = [
-        Row(name, row["nfe"], row["metrics"], row["samples_per_second"], _intervals(row))
-        for name, one in reversed(found)
-        for row in one["rows"]
-        if row["nfe"] is not None
-    ]
-    if rows:
-        print_table(rows, output.console)
-    for row in result["rows"]:
-        if row["nfe"] is None:
-            _show_numbers(output, Path(request.model).name, row)
-    for name, one in found:
-        _show_seeds(output, name, one["rows"])
-    _show_agreement(output, result.get("teacher_agreement"))
-
-
-def _show_numbers(output: Output, name: str, row: dict[str, Any]) -> None:
-    """Everything that was measured of images whose network evaluations are not known."""
-    from rich.table import Table
-
-    table = Table("Number", title=name if row["steps"] is None else f"{name}, {row['steps']} steps")
-    table.add_column("Value", justify="right")
-    table.add_column("95 % interval")
-    for metric, value in row["metrics"].items():
-        low, high = row["intervals"].get(metric, (None, None))
-        interval = "" if low is None or high is None else f"{number(low)} to {number(high)}"
-        table.add_row(f"{metric}\u00a0{'↑' if higher_is_better(metric) else '↓'}", number(value), interval)
-    output.say(table)
-
-
-def _intervals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    return {name: (low, high) for name, (low, high) in row["intervals"].items()}
-
-
-def _show_seeds(output: Output, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """How much every number moves between seeds, beside what its half-samples said."""
-    from rich.table import Table
-
-    if not any("seeds" in row for row in rows):
-        return
-    table = Table("NFE", "Number", title=f"{name}: {len(next(iter(rows[0]['seeds'].values()))['values'])} seeds")
-    for head in ("mean", "std over seeds", "std by half-samples", "min", "max"):
-        table.add_column(head, justify="right")
-    for row in rows:
-        for metric, found in row["seeds"].items():
-            low, high = row["intervals"].get(metric, (math.nan, math.nan))
-            cells = (found["mean"], found["std"], (high - low) / 3.92, found["min"], found["max"])
-            table.add_row(
-                _effort(row).removesuffix(" NFE"),
-                metric,
-                *("–" if math.isnan(value) else number(value) for value in cells),
-            )
-    output.say(table)
-
-
-def _show_agreement(output: Output, found: dict[str, Any] | None) -> None:
-    if found is None:
-        return
-    output.say(
-        f"Distance to the teacher's ODE with the same noise ({found['samples']} samples, {found['nodes']} nodes):"
-    )
-    for row in found["rows"]:
-        output.say(
-            f"  steps {row['steps']}: rms {number(row['rms'])}, {100 * row['relative']:.1f} % of the images' rms"
-        )

@@ -15,7 +15,7 @@ from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
-from fewstep.evaluation.measure import METRICS, Fake, Real, available, measure, metric_name, refuse
+from fewstep.evaluation.measure import METRICS, Fake, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, evenly, open_reference
 from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
@@ -166,7 +166,7 @@ def _check_needs(metrics: Sequence[str], reference: Reference, samples: SampleSe
     logits = like.expand(len(rows), 1) if net.extract_with_logits is not None else None
     expected = Fake(reference.stats, rows, samples.labels, logits)
     for name in metrics:
-        refuse(name, Real(reference.stats, reference.rows, reference.labels), expected)
+        refuse(name, reference.real, expected)
 
 
 def see(
@@ -242,7 +242,7 @@ def numbers(
     fake: Fake, reference: Reference, count: int, metrics: Sequence[str] | None, replicates: int, seed: int
 ) -> dict[str, Any]:
     """``{"metrics": {name: value}, "intervals": {name: [low, high]}}``, in the order asked for."""
-    real = Real(reference.stats, reference.rows, reference.labels)
+    real = reference.real
     whatever_applies = None if metrics == "all" else DEFAULT_METRICS
     chosen = list(_named(metrics)) or available(whatever_applies, real, fake)
     found = measure(chosen, real, fake, replicates=replicates, seed=seed)

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fewstep.checkpoint.store import header, new_directory, read_json, read_tens
 from fewstep.data import Source, open_source
 from fewstep.errors import CheckpointError, ConfigError, DataError, StorageError
 from fewstep.evaluation.features import PCA_ROWS, FeatureNet, features_of, open_features
+from fewstep.evaluation.measure import Real
 from fewstep.evaluation.metrics import Stats, StatsAccumulator
 from fewstep.evaluation.samples import READ_VALUES, read_blocks, read_rows
 from fewstep.evaluation.statistics_file import (
@@ -71,6 +73,11 @@ class Reference:
     labels: Tensor | None
     source: Source | None
     info: dict[str, Any]
+
+    @cached_property
+    def real(self) -> Real:
+        """What the metrics see of it; what they factor and sort is kept for all later step counts."""
+        return Real(self.stats, self.rows, self.labels)
 
 
 def open_reference(
