@@ -292,6 +292,14 @@ def test_a_memorised_sample_is_at_distance_nought_of_its_original() -> None:
     assert found.ratios.tolist() == [0, 0, 0]
 
 
+def test_equal_training_images_are_not_each_others_distance() -> None:
+    images = torch.randint(0, 256, (40, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    alone = find_neighbours(images[3:6], ArraySource("alone", images, None))
+    twice = find_neighbours(images[3:6], ArraySource("twice", torch.cat([images, images[3:4]]), None))
+    assert torch.equal(twice.apart, alone.apart)
+    assert twice.ratios.tolist() == [0, 0, 0]
+
+
 def test_distances_are_in_the_net_that_is_named_and_large_data_is_searched_by_pixels() -> None:
     source = open_source("digits")
     net = open_features("pca:4", reference=source.read(np.arange(200)))

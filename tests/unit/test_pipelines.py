@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -391,6 +393,36 @@ def test_what_is_neither_here_nor_downloaded_is_refused(where: str) -> None:
         ConfigError, match=rf"neither a folder nor a downloaded pipeline '{where}'.* hf download {where}"
     ):
         from_pipeline(where, 2, steps=1)
+    assert len(Opened.asked) == count
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("index", "file"),
+    [
+        ({"_class_name": ["mine", "Mine"]}, "mine.py"),
+        ({"_class_name": "DDPMPipeline", "unet": ["net", "Net"]}, "unet/net.py"),
+        ({"_class_name": "DDPMPipeline"}, "None.py"),
+    ],
+)
+def test_code_that_a_pipeline_brings_is_refused(
+    index: dict[str, Any], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "other.py").write_text("")  # named by nothing: never run
+    from_pipeline(tmp_path, 2, steps=1)
+    (tmp_path / file).write_text("")
+    count = len(Opened.asked)
+    with pytest.raises(ConfigError, match=rf"brings code of its own, which is not run.*{re.escape(file)}"):
+        from_pipeline(tmp_path, 2, steps=1)
+    cached = types.SimpleNamespace(try_to_load_from_cache=lambda *_: str(tmp_path / "model_index.json"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", cached)
+    with pytest.raises(ConfigError, match="brings code of its own"):
+        from_pipeline("some/model", 2, steps=1)
+    (tmp_path / "model_index.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"model_index\.json is damaged"):
+        from_pipeline(tmp_path, 2, steps=1)
     assert len(Opened.asked) == count
 
 

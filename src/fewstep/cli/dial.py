@@ -301,11 +301,13 @@ def _show(output: Output, result: dict[str, Any]) -> None:
     if not output.speaks:
         return
     table = Table(title=f"{result['metric']} at the found times; held out: seed {result['settings']['held_out_seed']}")
-    for name in ("Steps", "Found times", "Search", "Held out", "Default times", "Found - default", "Optimism", "Kept"):
+    for name in ("Steps", "Found times", "Search", "Held out", "Default times", "Found - default", "Held out - search", "Kept"):
         table.add_column(name, justify="left" if name in ("Found times", "Kept") else "right")
     for count, e in result["steps"].items():
         low, high = e["difference"][1:]
         difference = f"{e['difference'][0]:+.3g} ({low:+.3g} to {high:+.3g})"
+        if tuple(e["found"]["times"]) == tuple(e["default"]["times"]):
+            difference = "the same times"
         table.add_row(
             count, ", ".join(f"{t:.4g}" for t in e["found"]["times"]), number(e["search"]["found"]),
             number(e["found"]["held_out"][0]), number(e["default"]["held_out"][0]), difference,

@@ -225,7 +225,7 @@ def _reference(request: Request, job: Job, world: World, counting: Counting) -> 
         split=request.split,
         resize=request.resize,
         channels=request.channels,
-        like=None if isinstance(job.subject, Denoiser | Pipeline) else job.subject.shape,
+        like=_shape(job.subject),
         device=world.device,
         progress=lambda done, total: counting(f"reading {request.data}", done, total),
     )
@@ -234,13 +234,22 @@ def _reference(request: Request, job: Job, world: World, counting: Counting) -> 
     return reference
 
 
+def _shape(subject: Subject) -> tuple[int, ...] | None:
+    """Of one sample; None where only sampling will tell."""
+    if isinstance(subject, Pipeline):
+        return None
+    return subject.sample_shape if isinstance(subject, Denoiser) else tuple(subject.shape)
+
+
 def _chosen(metrics: str) -> Sequence[str] | None:
     """None for "auto"; "all"; or the names, in order."""
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     if not names:
         raise ConfigError("--metrics is empty", want="for example fd,kid")
     for name in names:
-        if name not in METRICS and names not in (["auto"], ["all"]):
+        if name in ("auto", "all") and len(names) > 1:
+            raise ConfigError(f"'{name}' stands for a whole list", got=f"--metrics {metrics}", do="Give it alone")
+        if name not in [*METRICS, "auto", "all"]:
             raise ConfigError(f"There is no metric '{name}'", do=nearest(name, [*METRICS, "auto", "all"]))
     return None if names == ["auto"] else "all" if names == ["all"] else names
 

@@ -69,6 +69,9 @@ def _show_numbers(output: Output, name: str, row: dict[str, Any]) -> None:
 
 
 def _intervals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """None beside a mean over seeds: those of the row are of its first seed."""
+    if "seeds" in row:
+        return {}
     return {name: (low, high) for name, (low, high) in row["intervals"].items()}
 
 
@@ -78,7 +81,8 @@ def _show_seeds(output: Output, name: str, rows: Sequence[dict[str, Any]]) -> No
 
     if not any("seeds" in row for row in rows):
         return
-    table = Table("NFE", "Number", title=f"{name}: {len(next(iter(rows[0]['seeds'].values()))['values'])} seeds")
+    seeds = len(next(iter(rows[0]["seeds"].values()))["values"])
+    table = Table("NFE", "Number", title=f"{name}: {seeds} seeds (numbers above are their means)")
     for head in ("mean", "std over seeds", "std by half-samples", "min", "max"):
         table.add_column(head, justify="right")
     for row in rows:
@@ -103,3 +107,5 @@ def _show_agreement(output: Output, found: dict[str, Any] | None) -> None:
         output.say(
             f"  steps {row['steps']}: rms {number(row['rms'])}, {100 * row['relative']:.1f} % of the images' rms"
         )
+    if any(row["steps"] > 1 for row in found["rows"]):
+        output.say("  From the second step on the sampler adds fresh noise: there the distance is no measure of quality.")

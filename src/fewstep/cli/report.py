@@ -32,7 +32,11 @@ def report(
     fewstep report run-a run-b run-c --out compare.html
     ```
     """
+    from fewstep.errors import ConfigError
+
     output = Output(quiet, json)
+    if out is not None and out.is_dir():
+        raise ConfigError("The page is one file", got=f"--out {out}, a directory", want="for example --out page.html")
     return _one(output, runs[0], out) if len(runs) == 1 else _several(output, runs, out or Path("compare.html"))
 
 

@@ -25,8 +25,8 @@ from fewstep.errors import CheckpointError, ConfigError, DataError
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
 from fewstep.evaluation.features import features_of
 from fewstep.evaluation.figures import evaluations, number
-from fewstep.evaluation.measure import metric_name
-from fewstep.evaluation.metrics import frechet_distance, gaussian_stats
+from fewstep.evaluation.measure import affordable, metric_name
+from fewstep.evaluation.metrics import gaussian_stats
 from fewstep.evaluation.reference import Reference, check_comparable
 from fewstep.evaluation.samples import draw_labels, to_host
 from fewstep.evaluation.times_search import Chain, Score, Times, Trials, find_times, resampled, rounded, time_range
@@ -62,7 +62,7 @@ class Judge:
 
     def __init__(self, reference: Reference, n: int, seed: int, batch_size: int | None, replicates: int = 50) -> None:
         self.reference, self.n, self.seed, self.batch_size = reference, n, seed, batch_size
-        self.replicates = replicates if reference.net.dim <= 512 else 10
+        self.replicates = affordable(replicates, reference.net.dim)
 
     def score(self, denoiser: Denoiser) -> Score:
         """Samples -> Fréchet distance."""
@@ -93,7 +93,7 @@ class Judge:
         return features_of(self.reference.net, images, device=denoiser.device)
 
     def _distance(self, features: Tensor) -> float:
-        return frechet_distance(self.reference.stats, gaussian_stats(features))
+        return self.reference.real.frechet.distance(gaussian_stats(features))
 
 
 def _is_images(denoiser: Denoiser) -> bool:

@@ -15,7 +15,7 @@ from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
-from fewstep.evaluation.measure import METRICS, Fake, available, measure, metric_name, refuse
+from fewstep.evaluation.measure import METRICS, MOST_ROWS, Fake, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, evenly, open_reference
 from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
@@ -191,8 +191,7 @@ def see(
         started = time.perf_counter()
         block = next(blocks, None)
         seconds += time.perf_counter() - started
-        width = net.dim if block is not None or not logits else 0
-        outputs = _outputs(net, block, logits, device) if block is not None else torch.zeros(0, width)
+        outputs = _outputs(net, block, logits, device) if block is not None else torch.zeros(0)
         parts = [part for part in world.gather(outputs) if len(part)]
         if not parts:
             break
@@ -244,11 +243,14 @@ def numbers(
     """``{"metrics": {name: value}, "intervals": {name: [low, high]}}``, in the order asked for."""
     real = reference.real
     whatever_applies = None if metrics == "all" else DEFAULT_METRICS
-    chosen = list(_named(metrics)) or available(whatever_applies, real, fake)
-    found = measure(chosen, real, fake, replicates=replicates, seed=seed)
     whole = reference.source is not None and reference.info["split"] == "train"
+    chosen = list(_named(metrics)) or [
+        name for name in available(whatever_applies, real, fake) if whole or name != "memorised"
+    ]  # against another split it would miss the copies of training images
+    found = measure(chosen, real, fake, replicates=replicates, seed=seed)
     names = {m: metric_name(m, reference.net, count, whole_training_set=whole) for m in chosen}
-    spans = {names[m]: METRICS[m].interval(found[m], count) for m in chosen if replicates}
+    seen = min(len(fake.rows), MOST_ROWS)  # by the metrics that are shares
+    spans = {names[m]: METRICS[m].interval(found[m], seen) for m in chosen if replicates}
     intervals = {name: list(span) for name, span in spans.items() if span is not None}
     return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
 

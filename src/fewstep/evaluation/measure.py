@@ -105,7 +105,7 @@ class Metric:
     most: float = math.inf
 
     def interval(self, estimate: Estimate, count: int) -> tuple[float, float] | None:
-        """The 95 % interval of a number of ``count`` samples, within what is possible; None where it was not estimated.
+        """The 95 % interval of a number that saw ``count`` samples, within what is possible; None if not estimated.
 
         A share of exactly 0 or 1 has no spread; its interval is the rule of three, 3/count wide (Hanley 1983).
         """
@@ -270,7 +270,7 @@ def refuse(name: str, real: Real, fake: Fake) -> None:
 # ---------------------------------------------------------------------------------------- the metrics
 def fd_estimate(real: Real, fake: Fake, replicates: int, seed: int) -> Estimate:
     """Fréchet distance of all samples; spread over halves of the rows, · √(rows/samples) where rows are a part."""
-    halves = half_samples(len(fake.rows), _affordable(replicates, fake), seed)
+    halves = half_samples(len(fake.rows), affordable(replicates, fake.rows.shape[1]), seed)
     spread = spread_of(real.frechet.distances(fake.rows, halves)) if replicates else 0.0
     share = len(fake.rows) / max(fake.stats.count, len(fake.rows))
     return Estimate(real.frechet.distance(fake.stats), spread * math.sqrt(share))
@@ -279,7 +279,7 @@ def fd_estimate(real: Real, fake: Fake, replicates: int, seed: int) -> Estimate:
 def fd_inf_estimate(real: Real, fake: Fake, replicates: int, seed: int) -> Estimate:
     """:func:`fd_infinity` of the rows, with its spread over halves."""
     value = fd_infinity(real.frechet, fake.rows, seed=seed)
-    few = _affordable(replicates, fake)
+    few = affordable(replicates, fake.rows.shape[1])
     return Estimate(value, fd_infinity_spread(real.frechet, fake.rows, replicates=few, seed=seed))
 
 
@@ -332,8 +332,9 @@ def _class_agreement(real: Real, fake: Fake, replicates: int, seed: int) -> Esti
     return class_agreement(*known, *asked, replicates=replicates, seed=seed)
 
 
-def _affordable(replicates: int, fake: Fake) -> int:
-    return min(replicates, WIDE_REPLICATES) if fake.rows.shape[1] > WIDE else replicates
+def affordable(replicates: int, dim: int) -> int:
+    """How many halves a Fréchet spread of ``dim`` features is taken from: at most 10 above 512 features."""
+    return min(replicates, WIDE_REPLICATES) if dim > WIDE else replicates
 
 
 def _rows(real: Real) -> Tensor:

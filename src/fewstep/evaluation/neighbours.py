@@ -18,6 +18,8 @@ MOST_THROUGH_A_NET = 10_000
 """Larger data is searched by pixels: a second pass through a feature net would cost as much as the reference."""
 
 READ_BLOCK = 512
+ROUNDING = 1e-5
+"""Share of the largest feature vector's length below which a distance is rounding."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Neighbours:
         found: uint8 ``[n, k, c, h, w]``.
         index: int64 ``[n, k]``, rows of the training data.
         distances: float32 ``[n, k]``.
-        apart: float32 ``[n]``, from the nearest training image to the training image nearest to it.
+        apart: float32 ``[n]``, from the nearest training image to the nearest one that is not equal to it.
     """
 
     net: str
@@ -80,21 +82,26 @@ def find_neighbours(
     shown = samples[:SAMPLES].cpu()
     index, distances = _search(shown, source, net, nearest, device)
     first = source.read(index[:, 0].numpy())
-    _, apart = _search(first, source, net, 2, device)
+    _, apart = _search(first, source, net, 1, device, equal=False)
     found = source.read(index.flatten().numpy()).view(*index.shape, *samples.shape[1:])
-    return Neighbours(net.name, len(source), shown, found, index, distances, apart[:, 1])
+    return Neighbours(net.name, len(source), shown, found, index, distances, apart[:, 0])
 
 
 def _search(
-    images: Tensor, source: Source, net: FeatureNet, k: int, device: torch.device | str
+    images: Tensor, source: Source, net: FeatureNet, k: int, device: torch.device | str, *, equal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Rows and distances ``[n, k]`` of the k nearest; of equal distances the lower row comes first."""
+    """Rows and distances ``[n, k]`` of the k nearest; of equal distances the lower row comes first.
+
+    ``equal=False`` passes over rows that are equal up to the rounding of float32 features.
+    """
     wanted = torch.cat(list(iter_features(net, images, device=device))).double()
+    least = ROUNDING * float(wanted.norm(dim=1).max())
     best = torch.full((len(images), 0), 0.0, dtype=torch.float64)
     rows = torch.zeros(len(images), 0, dtype=torch.int64)
     start = 0
     for features in iter_features(net, _blocks(source), device=device):
         block = torch.cdist(wanted, features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        block = block if equal else block.masked_fill(block <= least, torch.inf)
         here = torch.arange(start, start + len(features)).expand(len(images), -1)
         best, order = torch.cat([best, block], 1).sort(dim=1, stable=True)
         rows = torch.cat([rows, here], 1).gather(1, order)[:, :k]

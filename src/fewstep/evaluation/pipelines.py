@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from fewstep.errors import ConfigError, DataError, FewstepError
 from fewstep.evaluation.samples import SampleSet, check_finite, uniform_labels
 from fewstep.randomness import Streams
 
+INDEX = "model_index.json"
 _SLACK = 1e-3
 """How far floats may leave [0, 1] by rounding."""
 
@@ -190,12 +192,13 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
     """A diffusers pipeline from a folder or the cache of downloads: safetensors only, no code of others, no network.
 
     Raises:
-        ConfigError: there is no such pipeline here, or diffusers is missing.
+        ConfigError: there is no such pipeline here, it brings code of its own, or diffusers is missing.
     """
     local = Path(where).expanduser()
     what = f"The pipeline '{where}'"
     try:
-        if not local.is_dir() and not _is_downloaded(where):
+        index = local / INDEX if local.is_dir() else _downloaded(where)
+        if index is None:
             raise ConfigError(
                 f"There is neither a folder nor a downloaded pipeline '{where}'",
                 do=f"Check the path, or download it from the hub: hf download {where}",
@@ -206,6 +209,7 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
         raise ConfigError(
             f"{what} needs diffusers, which is not installed", do="Run: pip install 'fewstep[hf]'"
         ) from error
+    _refuse_code(index, what)
     place = str(local) if local.is_dir() else where
     try:
         with _quiet(diffusers.utils.logging):
@@ -219,13 +223,34 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
         raise ConfigError(f"{what} cannot be opened: {_reason(error)}", do=do) from error
 
 
-def _is_downloaded(hub_id: str) -> bool:
+def _downloaded(hub_id: str) -> Path | None:
+    """The index of a pipeline in the cache of downloads."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+        found = try_to_load_from_cache(hub_id, INDEX)
     except ValueError:  # not a hub id at all
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _refuse_code(index: Path, what: str) -> None:
+    """diffusers runs, unasked, the Python files that the index of a pipeline on this machine names.
+
+    Raises:
+        ConfigError: there is such a file, or the index cannot be read.
+    """
+    try:
+        named = dict(json.loads(index.read_text(encoding="utf-8"))) if index.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{what} cannot be opened: its {INDEX} is damaged") from error
+    places = [index.parent / "None.py"]  # what diffusers looks for where no code is named
+    for part, value in named.items():
+        folder = index.parent if part == "_class_name" else index.parent / part
+        places += [folder / f"{value[0]}.py"] if isinstance(value, list) and value else []
+    for place in places:
+        if place.is_file():
+            raise ConfigError(f"{what} brings code of its own, which is not run", got=str(place))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def open_reference(
                     f"The statistics '{data}' cannot be resized or converted",
                     do="Leave out --resize and --channels, or give the images themselves",
                 )
-            return _open_statistics(Path(str(data).removeprefix("npz:")).expanduser(), features)
+            return _open_statistics(Path(str(data).removeprefix("npz:")).expanduser(), features, like)
         data = open_source(str(data), resize=resize, channels=channels, split=split)
     _check_source(data, resize, channels)
     if like is not None:
@@ -339,9 +339,9 @@ def save_statistics(path: Path | str, reference: Reference) -> Path:
     return write_statistics(Path(path).expanduser(), reference.stats, reference.net, reference.info)
 
 
-def _open_statistics(path: Path, features: str | FeatureNet) -> Reference:
+def _open_statistics(path: Path, features: str | FeatureNet, like: Sequence[int] | None) -> Reference:
     file = read_statistics(path)
-    net = net_for_statistics(file, features) if isinstance(features, str) else features
+    net = net_for_statistics(file, features, like) if isinstance(features, str) else features
     check_net(file, net)
     preprocessing = file.stated["preprocessing"] or {}
     missing = [key for key in ("split", "count", "preprocessing") if not file.stated[key]]

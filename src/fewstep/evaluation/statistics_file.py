@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +128,10 @@ def read_statistics(path: Path) -> StatisticsFile:
     return StatisticsFile(path, Stats(mean, cov, count or UNSTATED), stated)
 
 
-def net_for_statistics(file: StatisticsFile, features: str) -> FeatureNet:
+def net_for_statistics(file: StatisticsFile, features: str, like: Sequence[int] | None = None) -> FeatureNet:
     """The named net, tried on a black and a white image of the stated shape.
 
-    Where none is stated the images are 32x32 RGB, or for "pixels" rows of as many values as there are.
+    Where none is stated they are ``like`` the samples that will be compared, or 32x32 RGB.
 
     Raises:
         ConfigError: "auto" or a PCA, which the file cannot give; or as :func:`open_features`.
@@ -143,7 +143,7 @@ def net_for_statistics(file: StatisticsFile, features: str) -> FeatureNet:
             do="Name the net they were made with: --features inception:PATH for EDM's files",
         )
     shape = (file.stated["preprocessing"] or {}).get("shape")
-    shape = shape or ([len(file.stats.mean)] if features == "pixels" else [3, 32, 32])
+    shape = tuple(shape or like or (3, 32, 32))
     black = torch.zeros(shape, dtype=torch.uint8 if len(shape) == 3 else torch.float32)
     return open_features(features, reference=torch.stack([black, black + 255]))
 
