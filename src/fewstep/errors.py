@@ -30,7 +30,7 @@ class FewstepError(Exception):
         if want is not None:
             parts.append(f"Wanted: {want}.")
         if do is not None:
-            parts.append(do if do.endswith((".", "`")) else do + ".")
+            parts.append(do if do.endswith((".", "`", "?")) else do + ".")
         super().__init__(" ".join(parts))
 
 

@@ -87,12 +87,19 @@ def test_dial_json_says_where_the_times_come_from(run: Path, tiny_path: Path, di
     assert written["features"]["name"] == "PCA8"
     assert len(written["features"]["hash"]) == len(written["weights"]) == 64
     assert written["reference"]["source"] == "digits"
-    assert written["settings"] == {"steps": [2, 4], "samples": 64, "seed": 3, "budget": 12, "held_out_seed": 4}
+    assert written["settings"] == {
+        "steps": [2, 4],
+        "samples": 64,
+        "seed": 3,
+        "budget": 12,
+        "search_seed": 7_000_006,
+        "held_out_seed": 7_000_007,
+    }
     assert written["metric"] == "FD-PCA8-64"
     assert written["environment"]["date"].endswith("UTC")
     assert {(r["model"], r["nfe"]) for r in written["rows"]} >= {
         (TUNED, 1), (TUNED, 2), (TUNED, 4), (TEACHER, 1), (TEACHER, 2), (TEACHER, 4), (TEACHER, 35)}  # fmt: skip
-    assert {r["seed"] for r in written["rows"]} == {4}
+    assert {r["seed"] for r in written["rows"]} == {7_000_007}
     four = written["steps"]["4"]
     assert 0 < four["evaluations"] <= 12
     assert four["optimism"] == four["found"]["held_out"][0] - four["search"]["found"]

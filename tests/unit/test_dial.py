@@ -253,7 +253,7 @@ def test_a_real_gain_is_kept_and_measured_on_another_draw(reference: Reference, 
     assert two["times"] == list(found[2].times)
     assert two["difference"][2] < 0
     assert two["search"] == {"found": found[2].value, "default": found[2].default}
-    x = sample(model, 1000, times=found[2].times, seed=SETTINGS.seed + 1)
+    x = sample(model, 1000, times=found[2].times, seed=SETTINGS.held_out_seed)
     value, low, high = two["found"]["held_out"]
     assert value == Judge(reference, 1000, 1, None).score(model)(x)
     assert low < value < high

@@ -13,7 +13,7 @@ from torch import Tensor
 import fewstep.evaluation.measure as module
 from fewstep.errors import ConfigError, DataError
 from fewstep.evaluation import metrics
-from fewstep.evaluation.extrapolation import fd_infinity
+from fewstep.evaluation.extrapolation import expected_bias, fd_infinity
 from fewstep.evaluation.feature_net import FeatureNet
 from fewstep.evaluation.manifold import memorised, neighbourhood
 from fewstep.evaluation.measure import METRICS, NEEDS, Fake, Real, available, measure, metric_name, too_few
@@ -233,27 +233,33 @@ def test_labels_of_another_number_are_refused() -> None:
         measure(["fd"], real, replace(fake, labels=classes(149, 0)))
 
 
+def white(d: int) -> metrics.Stats:
+    return metrics.Stats(torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64), 10**6)
+
+
 def test_too_few_samples_are_explained_with_the_bias() -> None:
-    assert too_few(640, 64) is None
-    few = too_few(500, 64)
+    assert too_few(640, white(64)) is None
+    few = too_few(500, white(64))
     law = 64 / 500 + 64 * 65 / (4 * 499)
     assert few is not None and f"FD of about {law:.3g} " in few and few.count(". ") == 0
-    short = too_few(1500, 2048)
-    assert short is not None and "rank of at most 1,499" in short and "above 512 " in short
-    assert too_few(0, 5) is not None and too_few(1, 1) is not None
+    short = too_few(1500, white(2048))
+    assert short is not None and "rank of at most 1,499" in short and "above about 701 " in short
+    assert too_few(0, white(5)) is not None and too_few(1, white(1)) is not None
 
 
-@pytest.mark.parametrize(("n", "d"), [(500, 64), (64, 64), (32, 64)])
-def test_the_explained_bias_is_about_true(n: int, d: int) -> None:
-    """A perfect model on white features: within a tenth of the law at n >> d, above d/4 without full rank."""
-    exact = metrics.Stats(torch.zeros(d, dtype=torch.float64), torch.eye(d, dtype=torch.float64), 10**6)
-    score = float(
-        np.mean([metrics.frechet_distance(metrics.gaussian_stats(normal(n, d, seed=i)), exact) for i in range(10)])
-    )
+@pytest.mark.parametrize(("n", "d", "power"), [(500, 64, 0.0), (500, 64, 1.5), (64, 64, 0.0), (32, 64, 0.0)])
+def test_the_explained_bias_is_about_true(n: int, d: int, power: float) -> None:
+    """A perfect model on variances 1/i^power: within a tenth of the law at n >> d, above it without full rank."""
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -power
+    exact = metrics.Stats(torch.zeros(d, dtype=torch.float64), torch.diag(spectrum), 10**6)
+    draws = (metrics.gaussian_stats(normal(n, d, seed=i) * spectrum.sqrt()) for i in range(20))
+    score = float(np.mean([metrics.frechet_distance(draw, exact) for draw in draws]))
     if n > d:
-        assert score == pytest.approx(d / n + d * (d + 1) / (4 * (n - 1)), rel=0.1)
+        assert score == pytest.approx(expected_bias(exact, n), rel=0.1)
     else:
-        assert d / 4 < score < 2 * d
+        assert expected_bias(exact, n) < score < 2 * d
+    if power == 0:
+        assert expected_bias(exact, n) == pytest.approx(d / n + d * (d + 1) / (4 * (n - 1)), rel=1e-12)
 
 
 # --- Names ------------------------------------------------------------------------------------------------

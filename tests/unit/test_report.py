@@ -195,7 +195,7 @@ def test_intervals_stand_behind_their_values_and_only_there() -> None:
         (13.25, (11.53, 14.97), "± 1.7"),
         (0.905, (0.686, 1.124), "± 0.22"),
         (0.0, (-0.5, 0.5), "± 0.50"),
-        (2.0, (1.5, 4.0), "1.50 to 4.00"),
+        (2.0, (1.5, 4.0), "(1.50 to 4.00)"),
         (2.0, None, ""),
         (math.nan, (0.0, 1.0), ""),
         (2.0, (-math.inf, math.inf), ""),
@@ -736,7 +736,7 @@ def test_many_metrics_stand_below_each_other_in_a_terminal() -> None:
     ]
     lines = printed(many)
     assert lines[0] == ["Metric", "Model", "1 evaluation", "2 evaluations", "35 evaluations"]
-    assert lines[1] == ["M0-P-2k\u00a0↓", TEACHER, "0.1 0 to 1.00", "–", "3.50 0 to 1.00"]
+    assert lines[1] == ["M0-P-2k\u00a0↓", TEACHER, "0.1 (0 to 1.00)", "–", "3.50 (0 to 1.00)"]
     assert lines[4] == ["", "tuned", "1.60", "1.70", "–"]
     assert lines[-2:] == [["Samples/s", TEACHER, "10", "–", "350"], ["", "tuned", "10", "20", "–"]]
     assert len(lines) == 1 + 7 * 2

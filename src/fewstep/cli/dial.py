@@ -213,7 +213,7 @@ def _about(denoiser: Denoiser, reference: Reference, settings: Settings) -> dict
         "weights": weights_hash(denoiser),
         "features": {"name": reference.net.name, "hash": reference.net.hash},
         "reference": {k: v for k, v in reference.info.items() if k not in ("cache", "notes")},
-        "settings": asdict(settings) | {"held_out_seed": settings.seed + 1},
+        "settings": asdict(settings) | {"search_seed": settings.search_seed, "held_out_seed": settings.held_out_seed},
         "own_times": {str(n): list(t) for n, t in denoiser.sampler_times.items()},
     }
     plain: dict[str, Any] = json_module.loads(json_module.dumps(about))
@@ -295,23 +295,21 @@ def _introduce(
 
 
 def _show(output: Output, result: dict[str, Any]) -> None:
-    from fewstep.evaluation.figures import Row, number
+    from fewstep.evaluation.figures import Row, margin, number
     from fewstep.evaluation.report import print_table
 
     if not output.speaks:
         return
     table = Table(title=f"{result['metric']} at the found times; held out: seed {result['settings']['held_out_seed']}")
-    for name in ("Steps", "Found times", "Search", "Held out", "Default times", "Found - default", "Held out - search", "Kept"):
+    for name in ("Steps", "Found times", "Search", "Held out", "Default times", "Found - default", "Kept"):
         table.add_column(name, justify="left" if name in ("Found times", "Kept") else "right")
     for count, e in result["steps"].items():
-        low, high = e["difference"][1:]
-        difference = f"{e['difference'][0]:+.3g} ({low:+.3g} to {high:+.3g})"
-        if tuple(e["found"]["times"]) == tuple(e["default"]["times"]):
-            difference = "the same times"
+        value, low, high = e["difference"]
+        found, default = (", ".join(f"{t:.4g}" for t in e[which]["times"]) for which in ("found", "default"))
+        difference = f"{value:+.3g} {margin(value, (low, high))}" if found != default else "same times"
         table.add_row(
-            count, ", ".join(f"{t:.4g}" for t in e["found"]["times"]), number(e["search"]["found"]),
-            number(e["found"]["held_out"][0]), number(e["default"]["held_out"][0]), difference,
-            f"{e['optimism']:+.3g}", e["kept"],
+            count, found, number(e["search"]["found"]),
+            number(e["found"]["held_out"][0]), number(e["default"]["held_out"][0]), difference, e["kept"],
         )  # fmt: skip
     output.console.print(table)
     rows = result["rows"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fewstep.checkpoint.model import describe as describe_model
 from fewstep.checkpoint.model import weights_hash
 from fewstep.checkpoint.store import write_json
 from fewstep.cli.numbers import describe, effort, show, value_of
@@ -22,7 +23,7 @@ from fewstep.data import Source, open_source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, nearest
 from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
-from fewstep.evaluation.agreement import teacher_agreement
+from fewstep.evaluation.agreement import check_pair, teacher_agreement
 from fewstep.evaluation.measure import too_few
 from fewstep.evaluation.pipelines import from_pipeline, open_pipeline
 from fewstep.evaluation.record import TEACHER
@@ -39,6 +40,9 @@ STEPS, SAMPLES, TEACHER_NFE = "1,2,4,8", 5_000, "35"
 PIPELINE_BATCH = 16
 NO_HUB_ID = (".zip", ".npz", ".npy", ".png", ".jpg", ".pkl", ".pt", ".pth", ".safetensors", ".json", ".yaml", ".py")
 """Endings of what is a file that does not exist."""
+
+FEWEST_HALVED = 4
+"""Samples that can be halved for a spread."""
 
 AGREEMENT_SAMPLES = 256
 """Samples that teacher and student are compared on one by one: the teacher needs 143 evaluations for each."""
@@ -123,11 +127,16 @@ def run(request: Request, output: Output) -> int:
         _check_options(request, subject)
         job = Job(subject, request.sampler, steps)
         teacher = None if request.teacher is None else open_model(request.teacher, device=str(world.device))
+        if teacher is not None and isinstance(subject, Denoiser):
+            check_pair(subject, teacher)
         reference = _reference(request, job, world, counting)
         counting.say(f"{request.model} against {describe(reference)}")
         for note in _notes(reference, job, request):
             counting.say(note)
-        parts = Partial(kept if world.size == 1 else None, _depends_on(request, reference, subject, teacher))
+        parts = Partial(
+            kept if world.size == 1 and not isinstance(subject, Pipeline) else None,
+            _depends_on(request, reference, subject, teacher),
+        )
         if len(parts):
             counting.say(f"Going on: {len(parts)} parts of this measurement were kept in {kept}")
         session = Session(request, reference, metrics, world, counting, parts)
@@ -152,9 +161,14 @@ def _depends_on(request: Request, reference: Reference, subject: Subject, teache
     return {
         "request": {key: value for key, value in vars(request).items() if key not in free},
         "reference": [reference.info["fingerprint"], reference.info["preprocessing_hash"], reference.net.hash],
-        "weights": {name: weights_hash(model) for name, model in models.items() if isinstance(model, Denoiser)},
+        "models": {name: _identity(model) for name, model in models.items() if isinstance(model, Denoiser)},
         "files": None if isinstance(subject, Denoiser | Pipeline) else subject.fingerprint,
     }
+
+
+def _identity(model: Denoiser) -> dict[str, Any]:
+    """Weights, and all that sampling depends on beside them."""
+    return describe_model(model) | {"weights": weights_hash(model)}
 
 
 # --------------------------------------------------------------------------------------------- what is measured
@@ -325,7 +339,7 @@ def _agreement(session: Session, job: Job, teacher: Denoiser) -> dict[str, Any]:
         f"agreement, {job.steps}, seed {request.seed}",
         lambda: teacher_agreement(
             student, teacher, steps=job.steps, samples=samples, seed=request.seed, cond=cond,
-            batch_size=request.batch_size, replicates=request.replicates,
+            batch_size=request.batch_size, replicates=request.replicates if samples >= FEWEST_HALVED else 0,
         ),
     )  # fmt: skip
 
@@ -333,4 +347,4 @@ def _agreement(session: Session, job: Job, teacher: Denoiser) -> dict[str, Any]:
 def _notes(reference: Reference, job: Job, request: Request) -> list[str]:
     """What the reader of the numbers must know: gaps in the reference's story, and the bias of few samples."""
     count = request.count if isinstance(job.subject, Denoiser | Pipeline) else len(job.subject)
-    return [*reference.info["notes"], *filter(None, [too_few(count, reference.net.dim)])]
+    return [*reference.info["notes"], *filter(None, [too_few(count, reference.stats)])]

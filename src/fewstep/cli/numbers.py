@@ -69,9 +69,6 @@ def _show_numbers(output: Output, name: str, row: dict[str, Any]) -> None:
 
 
 def _intervals(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """None beside a mean over seeds: those of the row are of its first seed."""
-    if "seeds" in row:
-        return {}
     return {name: (low, high) for name, (low, high) in row["intervals"].items()}
 
 
@@ -108,4 +105,4 @@ def _show_agreement(output: Output, found: dict[str, Any] | None) -> None:
             f"  steps {row['steps']}: rms {number(row['rms'])}, {100 * row['relative']:.1f} % of the images' rms"
         )
     if any(row["steps"] > 1 for row in found["rows"]):
-        output.say("  From the second step on the sampler adds fresh noise: there the distance is no measure of quality.")
+        output.say("  From the second step on, the sampler adds fresh noise: there the distance says little.")

@@ -163,10 +163,12 @@ def _ratio(error: Tensor, unit: Tensor) -> float:
     return float((error.mean() / unit.mean()).sqrt())
 
 
-def _check(
-    student: Denoiser, teacher: Denoiser, nodes: int, levels: list[float], samples: int, cond: Tensor | None
-) -> None:
-    top = teacher.sigma_max
+def check_pair(student: Denoiser, teacher: Denoiser) -> None:
+    """Refuse a student and a teacher whose samples cannot be compared one by one.
+
+    Raises:
+        ConfigError: they differ in sample shape, value range or sigma_max.
+    """
     for what in ("sample_shape", "value_range", "sigma_max"):
         ours, theirs = getattr(student, what), getattr(teacher, what)
         if ours != theirs and not (what == "sigma_max" and abs(ours - theirs) <= 1e-6 * theirs):
@@ -175,6 +177,13 @@ def _check(
                 got=f"student {ours}, teacher {theirs}",
                 do="Give the teacher that the student was tuned from",
             )
+
+
+def _check(
+    student: Denoiser, teacher: Denoiser, nodes: int, levels: list[float], samples: int, cond: Tensor | None
+) -> None:
+    top = teacher.sigma_max
+    check_pair(student, teacher)
     if nodes < LEAST_NODES:
         raise ConfigError(
             "Too few nodes: the teacher's own error would be measured",

@@ -1,9 +1,9 @@
 """The step dial: sampling times for N = 2 to 8 steps, found on one draw and checked on another.
 
-Quality is the Fréchet distance in one feature net. The search sees ``seed``; the times it finds are kept only where
-they win on ``seed + 1`` (other noise, other labels), where every number of the result is measured. Intervals are of
-the generated samples; the reference is fixed. Both draws have the same size, hence the Fréchet distance's same bias at
-that size: with no more samples than features, times are found that suit the bias, and the check cannot see it.
+Quality is the Fréchet distance in one feature net. The search has a draw of its own; the times it finds are kept only
+where they win on another (other noise, other labels), where every number of the result is measured. Intervals are of
+the generated samples; the reference is fixed. Both draws have the same size, hence the Fréchet distance's same bias
+at that size: with no more samples than features, times are found that suit the bias, and the check cannot see it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from fewstep.evaluation.reference import Reference, check_comparable
 from fewstep.evaluation.samples import draw_labels, to_host
 from fewstep.evaluation.times_search import Chain, Score, Times, Trials, find_times, resampled, rounded, time_range
 from fewstep.sampling import few_step_times, ode_sample_nfe, sample
+
+FIRST_SEED = 7_000_000
+"""Where the seeds of dials begin: far from those that evaluations use."""
 
 FEWEST, MOST = 2, 8
 TEACHER_NFE = 35
@@ -124,7 +127,8 @@ class Settings:
     Args:
         steps: step counts from 2 to 8.
         samples: of the search, and again of the held-out draw.
-        seed: of the search; the held-out draw (noise and labels) has ``seed + 1``.
+        seed: number of the search. Its draws have seeds of their own (:data:`FIRST_SEED`), so that ``fewstep eval`` at
+            the usual small seeds never measures the samples that the times were chosen by.
         budget: network evaluations per sample that the search of one step count may spend.
     """
 
@@ -132,6 +136,16 @@ class Settings:
     samples: int = 2_000
     seed: int = 0
     budget: int = 60
+
+    @property
+    def search_seed(self) -> int:
+        """Seed of the samples that candidates are compared on."""
+        return FIRST_SEED + 2 * self.seed
+
+    @property
+    def held_out_seed(self) -> int:
+        """Seed of the samples that the result is measured on."""
+        return self.search_seed + 1
 
     def __post_init__(self) -> None:
         wanted = [n for n in range(FEWEST, MOST + 1) if n in self.steps]
@@ -182,9 +196,9 @@ def search(
     """
     check_comparable(reference, denoiser.sample_shape, _is_images(denoiser))
     watch, known, found = watch or Watch(), known or {}, {}
-    cond = draw_labels(denoiser, reference.source, settings.samples, settings.seed)
-    chain = Chain(denoiser, settings.samples, seed=settings.seed, cond=cond, batch_size=batch_size)
-    trials = Trials(chain, Judge(reference, settings.samples, settings.seed, batch_size).score(denoiser))
+    cond = draw_labels(denoiser, reference.source, settings.samples, settings.search_seed)
+    chain = Chain(denoiser, settings.samples, seed=settings.search_seed, cond=cond, batch_size=batch_size)
+    trials = Trials(chain, Judge(reference, settings.samples, settings.search_seed, batch_size).score(denoiser))
     bare, bounds, last = without_own_times(denoiser), time_range(denoiser), Times()
     for steps in settings.steps:
         if steps not in known:
@@ -223,7 +237,7 @@ def check(
         "optimism": held-out - search value of the found times, "evaluations": per sample}}, "metric", "rows": [as
         evaluate, and "model"], "best": N}``; JSON-able. "default" times are those of a model without its own.
     """
-    watch, judge = watch or Watch(), Judge(reference, settings.samples, settings.seed + 1, batch_size)
+    watch, judge = watch or Watch(), Judge(reference, settings.samples, settings.held_out_seed, batch_size)
     metric, bare = metric_name("fd", reference.net, settings.samples), without_own_times(denoiser)
     rows: list[dict[str, Any]] = []
 

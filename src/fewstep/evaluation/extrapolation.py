@@ -64,3 +64,16 @@ def _extrapolated(
     centred = inverse - inverse.mean()
     slope = values @ centred / centred.square().sum()
     return [float(intercept) for intercept in values.mean(1) - slope * inverse.mean()]
+
+
+def expected_bias(real: Stats, n: int) -> float:
+    """What ``n`` samples of a perfect model score, n >= 2: E[FD] against the exact reference, to first order in d/n.
+
+        Σλ_i/n + (Σ_ij λ_i λ_j/(λ_i + λ_j) + Σλ_i/2)/(2(n - 1))      (λ: eigenvalues of the covariance)
+
+    From the mean's variance Σλ/n and the second-order term of the Bures distance, ½ Σ_ij H_ij²/(λ_i + λ_j), with the
+    sampling variance E[H_ij²] = λ_i λ_j (1 + δ_ij)/(n - 1). White features give d/n + d(d+1)/(4(n-1)) (math.md 6.2).
+    """
+    values = torch.linalg.eigvalsh(real.cov).clamp_min(0)
+    pairs = values[:, None] * values / (values[:, None] + values).clamp_min(torch.finfo(values.dtype).tiny)
+    return float(values.sum() / n + (pairs.sum() + values.sum() / 2) / (2 * (n - 1)))

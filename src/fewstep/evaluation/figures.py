@@ -83,13 +83,13 @@ def margin(value: float, interval: Interval | None) -> str:
     """What stands behind a value: half of its interval to at most two digits, or the interval's ends.
 
     >>> margin(11.4, (11.1, 11.7)), margin(0.352, (0.3401, 0.3639)), margin(2.0, (1.5, 4.0)), margin(2.0, None)
-    ('± 0.30', '± 0.012', '1.50 to 4.00', '')
+    ('± 0.30', '± 0.012', '(1.50 to 4.00)', '')
     """
     if interval is None or not all(math.isfinite(v) for v in (value, *interval)):
         return ""
     low, high = interval
     if abs((value - low) - (high - value)) > 0.02 * (high - low):
-        return f"{number(low)} to {number(high)}"
+        return f"({number(low)} to {number(high)})"
     half, size = (high - low) / 2, abs(value)
     decimals = 0 if size >= 1000 else 2 if size >= 1 or size == 0 else 2 - math.floor(math.log10(size))
     if half > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.bootstrap import Estimate, evenly, half_samples, row_order, spread_of
-from fewstep.evaluation.extrapolation import fd_infinity, fd_infinity_least, fd_infinity_spread
+from fewstep.evaluation.extrapolation import expected_bias, fd_infinity, fd_infinity_least, fd_infinity_spread
 from fewstep.evaluation.features import FeatureNet, is_fid_net
 from fewstep.evaluation.manifold import memorised, neighbourhood
 from fewstep.evaluation.metrics import (
@@ -167,24 +167,25 @@ def available(names: Sequence[str] | None, real: Real, fake: Fake) -> list[str]:
     return [n for n in (METRICS if names is None else names) if not _missing(n, real, fake)]
 
 
-def too_few(n: int, dim: int) -> str | None:
-    """One sentence on the bias of the Fréchet distance where ``n`` samples are few for ``dim`` features, or None.
+def too_few(n: int, real: Stats) -> str | None:
+    """One sentence on the bias of the Fréchet distance where ``n`` samples are few for the features, or None.
 
-    Few is n < 10 dim. A perfect model scores d/N + d(d+1)/(4(N-1)) on white features of unit variance against the
-    exact reference, to first order in d/N; at n <= d the covariance has no full rank and it scores more than d/4.
+    Few is n < 10 d. The sentence quotes :func:`expected_bias`: what a perfect model scores against this reference, to
+    first order in d/n; at n <= d the covariance has no full rank and it scores more.
     """
+    dim = len(real.mean)
     if n >= 10 * dim:
         return None
     advice = "compare FD at equal sample counts only, or use KID, which has no bias"
+    bias = f"{expected_bias(real, n):.3g}" if n > 1 else "nothing known"
     if n <= dim:
         return (
             f"The covariance of {n:,} samples of {dim:,} features has a rank of at most {max(n - 1, 0):,}: even a "
-            f"perfect model would score an FD above {dim / 4:.4g} (features of unit variance); {advice}."
+            f"perfect model would score an FD above about {bias} against this reference; {advice}."
         )
-    bias = dim / n + dim * (dim + 1) / (4 * (n - 1))
     return (
-        f"{n:,} samples are few for {dim:,} features: even a perfect model would score an FD of about {bias:.3g} "
-        f"(features of unit variance); {advice}."
+        f"{n:,} samples are few for {dim:,} features: even a perfect model would score an FD of about {bias} "
+        f"against this reference; {advice}."
     )
 
 
