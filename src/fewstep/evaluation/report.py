@@ -195,7 +195,7 @@ def _memorised(rows: Sequence[Row]) -> list[str]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence: quality at the fewest evaluations both models were measured at, before and after tuning.
+    """One sentence: quality at the fewest evaluations where the intervals tell before and after tuning apart.
 
     >>> rows = [Row("teacher (diffusion)", 1, {"FD-pixels-2k": 11.4}, 9.0),
     ...         Row("teacher (diffusion)", 35, {"FD-pixels-2k": 0.17}, 1.0),
@@ -213,7 +213,7 @@ def verdict(rows: Sequence[Row]) -> str:
     shared = sorted(teacher.keys() & tuned.keys())
     if not shared:
         return f"{metric}: {'; '.join(_listed(m, v, metric) for m, v in values.items() if v)}."
-    nfe = shared[0]
+    nfe = next((n for n in shared if not _doubt(rows, n, metric)), shared[0])
     before, after = teacher[nfe], tuned[nfe]
     steps = "One step" if nfe == 1 else evaluations(nfe).capitalize()
     change = f"{number(before)} -> {number(after)}{_change(before, after, metric)}"
