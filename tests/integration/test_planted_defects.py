@@ -397,4 +397,5 @@ def test_class_collapse(setting: Setting, reference: Reference, good: dict[str, 
     found = look(setting.held, shuffled, reference)
     assert_seen(good, found, "class")
     assert found["class"].value < 0.5 * good["class"].value
-    assert {m: found[m] for m in ALL[:-1]} == {m: good[m] for m in ALL[:-1]}
+    for name in ALL[:-1]:  # the same images: a network's features differ by rounding between two passes
+        assert vars(found[name]) == pytest.approx(vars(good[name]), rel=1e-5, abs=1e-6), name
