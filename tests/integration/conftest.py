@@ -26,9 +26,12 @@ TINY = {"sample_shape": [1, 8, 8], "channels": 8, "multipliers": [1, 2], "blocks
 Settings = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The number of threads changes the order of sums, so here it is that of the other processes: one."""
+    """The number of threads changes the order of sums, so here it is that of the other processes: one.
+
+    Of the module, so that it holds while the fixtures of the module and of the session are made too.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
