@@ -80,7 +80,10 @@ def eval(
     channels: Channels = None,
     split: Split = "train",
     weights: Annotated[str, Parameter(help="ema; of a run also student, and ema-1, ... where it has several.")] = "ema",
-    out: Annotated[Path | None, Parameter(help="Also write the result to this JSON file.")] = None,
+    out: Annotated[
+        Path | None,
+        Parameter(help="Also write the result to this JSON file; an interrupted call goes on from its parts."),
+    ] = None,
     batch_size: BatchSize = None,
     network: Network = None,
     seed: Seed = 0,
@@ -97,8 +100,8 @@ def eval(
 
     fd: Fréchet distance; fd_inf: the same, extrapolated to infinitely many samples; kid: kernel distance; sw2: sliced
     Wasserstein distance; precision and density: are the samples like the data; recall and coverage: is all of the data
-    there; memorised: share of samples nearer to a training image than these are to each other; is: Inception score;
-    class: share of samples recognised as the class asked for.
+    there; memorised: share of samples at less than half the distance that a training image keeps from the next; is:
+    Inception score; class: share of samples recognised as the class asked for.
 
     For example:
 
