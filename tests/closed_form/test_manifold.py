@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.errors import DataError
 from fewstep.evaluation import manifold
 from fewstep.evaluation.bootstrap import half_samples, spread_of
-from fewstep.evaluation.manifold import memorised, nearest, neighbourhood, precision_recall
+from fewstep.evaluation.manifold import memorised, nearest, neighbourhood
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -23,6 +23,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def values(real: Tensor, fake: Tensor, **settings: int) -> dict[str, float]:
     found = neighbourhood(real, fake, replicates=0, **settings)
     return {name: estimate.value for name, estimate in found.items()}
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    found = values(real, fake, k=k, density_k=k)
+    return found["precision"], found["recall"]
 
 
 # --- Precision and recall ---------------------------------------------------------------------------------

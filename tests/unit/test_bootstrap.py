@@ -81,3 +81,11 @@ def test_row_order_does_not_depend_on_how_the_rows_came() -> None:
     mixed = x[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
     assert torch.equal(x[row_order(x)], mixed[row_order(mixed)])
     assert row_order(x[:0]).tolist() == [] and len(row_order(torch.ones(7, 2))) == 7
+
+
+def test_evenly_spaced_rows_are_distinct_and_include_both_ends() -> None:
+    for length, most in ((10, 10), (10, 9), (1000, 999), (1000, 501), (7, 100), (50_000, 33_333)):
+        rows = evenly(length, most)
+        assert len(rows) == min(length, most)
+        assert (rows[0], rows[-1]) == (0, length - 1)
+        assert (np.diff(rows) >= 1).all()

@@ -29,7 +29,6 @@ from fewstep.evaluation.reference import (
     Reference,
     cache_directory,
     check_comparable,
-    evenly,
     open_reference,
     save_statistics,
 )
@@ -616,14 +615,6 @@ def test_data_that_are_missing_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(edm_file(tmp_path / "a.npz").read_bytes()[:300])
     with pytest.raises(DataError, match="not an npz archive, or is damaged"):
         open_reference(tmp_path / "cut.npz", "pixels")
-
-
-def test_evenly_spaced_rows_are_distinct_and_include_both_ends() -> None:
-    for length, most in ((10, 10), (10, 9), (1000, 999), (1000, 501), (7, 100), (50_000, 33_333)):
-        rows = evenly(length, most)
-        assert len(rows) == min(length, most)
-        assert (rows[0], rows[-1]) == (0, length - 1)
-        assert (np.diff(rows) >= 1).all()
 
 
 def test_a_frozen_reference_stays_as_it_is() -> None:

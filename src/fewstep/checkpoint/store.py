@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,12 @@ from fewstep.errors import CheckpointError, StorageError
 FORMAT_VERSION = 1
 
 Tensors = Mapping[str, Tensor]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -133,14 +133,14 @@ def save_images(target: str | Path, u8: torch.Tensor, labels: np.ndarray | None 
         raise DataError("Pictures and labels differ in number", got=len(labels), want=f"{len(pictures)} labels")
     if target.suffix.lower() == ".npz":
         classes = {} if labels is None else {"labels": np.asarray(labels, dtype=np.int64)}
-        return _write(target, lambda file: np.savez_compressed(file, images=pictures, **classes))  # type: ignore[arg-type]
+        return write_file(target, lambda file: np.savez_compressed(file, images=pictures, **classes))  # type: ignore[arg-type]
     names = [f"{i:06d}.png" for i in range(len(pictures))]
     _refuse_stale(target, {*names, *([] if labels is None else ["dataset.json"])})
     for name, picture in zip(names, pictures, strict=True):
         _write_png(target / name, picture)
     if labels is not None:
         text = json.dumps({"labels": [[name, int(label)] for name, label in zip(names, labels, strict=True)]})
-        _write(target / "dataset.json", lambda file: file.write(text.encode()))
+        write_file(target / "dataset.json", lambda file: file.write(text.encode()))
     return target
 
 
@@ -173,10 +173,15 @@ def _refuse_stale(folder: Path, names: set[str]) -> None:
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> Path:
-    return _write(path, lambda file: _picture(pixels).save(file, format="PNG"))
+    return write_file(path, lambda file: _picture(pixels).save(file, format="PNG"))
 
 
-def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
+    """Write one file atomically: ``fill`` writes into it; returns ``path``.
+
+    Raises:
+        StorageError: the disk refused; an older file is untouched.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,11 @@ from torch import Tensor
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
+from fewstep.evaluation.bootstrap import evenly
 from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
 from fewstep.evaluation.measure import METRICS, MOST_ROWS, Fake, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
-from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, evenly, open_reference
+from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, open_reference
 from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
 from fewstep.sampling import ode_sample_nfe, sample
 from fewstep.world import World
@@ -185,7 +186,7 @@ def see(
     """
     world = world or World(0, 1, torch.device(device))
     logits = logits and net.extract_with_logits is not None
-    seen = _Seen(evenly(samples.count, KEPT_VALUES // net.dim))
+    seen = _Seen(evenly(samples.count, KEPT_VALUES // net.dim).numpy())
     blocks, seconds = samples.blocks(world.rank, world.size), 0.0
     while True:
         started = time.perf_counter()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.checkpoint.store import file_hash
 from fewstep.errors import ConfigError, DataError, FewstepError, nearest
 from fewstep.evaluation.feature_net import (
     IN_UNITS,
@@ -27,7 +28,7 @@ from fewstep.evaluation.feature_net import (
     with_logits,
 )
 from fewstep.evaluation.inception import INCEPTION_FILES, open_inception
-from fewstep.evaluation.pretrained import Pretrained, file_hash, open_clip, open_dinov2
+from fewstep.evaluation.pretrained import Pretrained, open_clip, open_dinov2
 from fewstep.evaluation.small_nets import load_mnist_cnn, load_mobilenet
 
 PCA_ROWS = 4096

@@ -20,14 +20,6 @@ BLOCK = 2**22
 """Distances held at a time (32 MB)."""
 
 
-def precision_recall(
-    real_rows: Tensor, fake_rows: Tensor, *, k: int = 3, chunk: int | None = None
-) -> tuple[float, float]:
-    """Values of "precision" and "recall" of :func:`neighbourhood`, which states them and the errors."""
-    found = neighbourhood(real_rows, fake_rows, k=k, density_k=k, replicates=0, chunk=chunk)
-    return found["precision"].value, found["recall"].value
-
-
 def neighbourhood(
     real_rows: Tensor,
     fake_rows: Tensor,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.errors import ConfigError, DataError, FewstepError
+from fewstep.evaluation.pretrained import quiet
 from fewstep.evaluation.samples import SampleSet, check_finite, uniform_labels
 from fewstep.randomness import Streams
 
@@ -212,7 +213,7 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
     _refuse_code(index, what)
     place = str(local) if local.is_dir() else where
     try:
-        with _quiet(diffusers.utils.logging):
+        with quiet(diffusers.utils.logging, CRITICAL):
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
                 place, local_files_only=True, use_safetensors=True
             )
@@ -251,20 +252,6 @@ def _refuse_code(index: Path, what: str) -> None:
     for place in places:
         if place.is_file():
             raise ConfigError(f"{what} brings code of its own, which is not run", got=str(place))
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """No advice and no bars on the terminal while a pipeline is opened."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _reason(error: Exception) -> str:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.checkpoint.store import file_hash
 from fewstep.errors import CheckpointError, ConfigError, nearest
 
 DINOV2_ID = "facebook/dinov2-large"
@@ -55,12 +57,6 @@ class Pretrained:
     net: nn.Module
     head: Callable[[Tensor], Tensor] | None = None
     verified: bool = False
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: BaseException) -> str:
@@ -161,7 +157,7 @@ def _resized(side: int, whose: str) -> str:
 def _from_folder(architecture: str, folder: Path) -> Any:
     """A transformers model in float32 whose every weight came from the folder's safetensors files."""
     transformers = _transformers()
-    with _quiet(transformers):
+    with quiet(transformers.utils.logging, ERROR):  # what matters of its warnings becomes an error
         try:
             model, info = getattr(transformers, architecture).from_pretrained(
                 str(folder),
@@ -200,16 +196,15 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars and no table of unused text weights on stderr; what matters of them becomes an error."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+def quiet(logging: Any, level: int) -> Iterator[None]:
+    """No bars, and nothing below ``level``, from the logging module of a Hugging Face library."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(level)
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
 

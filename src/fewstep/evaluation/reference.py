@@ -21,9 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
+from fewstep.checkpoint.store import (
+    file_hash,
+    header,
+    new_directory,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from fewstep.data import Source, open_source
 from fewstep.errors import CheckpointError, ConfigError, DataError, StorageError
+from fewstep.evaluation.bootstrap import evenly
 from fewstep.evaluation.features import PCA_ROWS, FeatureNet, features_of, open_features
 from fewstep.evaluation.measure import Real
 from fewstep.evaluation.metrics import Stats, StatsAccumulator
@@ -126,7 +135,7 @@ def open_reference(
     if like is not None:
         _refuse_others(_describe(data, split, resize, channels, 0), False, like, data.is_images, None)
     net = features if isinstance(features, FeatureNet) else _open_net(data, features)
-    kept = evenly(len(data), max(2, min(rows or len(data), KEPT_VALUES // net.dim)))
+    kept = evenly(len(data), max(2, min(rows or len(data), KEPT_VALUES // net.dim))).numpy()
     labels = None if data.labels is None else torch.from_numpy(data.labels[kept])
     info = _describe(data, split, resize, channels, len(kept))
     entry = _entry(data, net, len(kept)) if cache else None
@@ -139,11 +148,6 @@ def open_reference(
     elif progress is not None:
         progress(len(data), len(data))
     return Reference(net, *known, labels, data, info | {"cache": None if entry is None else str(entry)})
-
-
-def evenly(length: int, most: int) -> np.ndarray:
-    """At most ``most`` evenly spaced row numbers, int64: the same for the same data, whatever is measured."""
-    return np.linspace(0, length - 1, min(most, length)).round().astype(np.int64)
 
 
 def check_comparable(
@@ -222,7 +226,7 @@ def _open_net(source: Source, features: str) -> FeatureNet:
         features = "pixels" if values <= 256 else "pca:64"
     pca = features.startswith("pca")
     seen = min(PCA_ROWS, max(256, PCA_VALUES // values)) if pca else min(256, max(2, READ_VALUES // values))
-    return open_features(features, reference=read_rows(source, evenly(len(source), seen)))
+    return open_features(features, reference=read_rows(source, evenly(len(source), seen).numpy()))
 
 
 def _measure(
@@ -295,7 +299,7 @@ def _recall(
         record, file = read_json(entry / _RECORD, _KIND), entry / _TENSORS
         found = read_tensors(file)
         forms = {"mean": (net.dim,), "cov": (net.dim, net.dim), "rows": (rows, net.dim)}
-        same = record.get("sha256") == _file_hash(file) and record.get("count") == count
+        same = record.get("sha256") == file_hash(file) and record.get("count") == count
         if not same or forms != {name: tuple(value.shape) for name, value in found.items()}:
             raise CheckpointError(f"The file '{file}' is not the one that was written")
     except (CheckpointError, OSError) as error:
@@ -312,16 +316,11 @@ def _keep(entry: Path | None, known: tuple[Stats, Tensor], info: dict[str, Any],
         with new_directory(entry) as folder:
             write_tensors(folder / _TENSORS, {"mean": stats.mean, "cov": stats.cov, "rows": rows})
             about = {k: v for k, v in info.items() if k not in ("cache", "notes")}
-            about |= {"net": net.name, "net_hash": net.hash, "sha256": _file_hash(folder / _TENSORS)}
+            about |= {"net": net.name, "net_hash": net.hash, "sha256": file_hash(folder / _TENSORS)}
             write_json(folder / _RECORD, header(_KIND) | about)
     except StorageError as error:
         reason = error.__cause__ or error
         info["notes"].append(f"The reference could not be kept in the cache '{entry.parent}': {reason}")
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256(value: Any) -> str:
@@ -347,7 +346,7 @@ def _open_statistics(path: Path, features: str | FeatureNet, like: Sequence[int]
     missing = [key for key in ("split", "count", "preprocessing") if not file.stated[key]]
     info = file.stated | {
         "source": file.stated["source"] or str(path),
-        "fingerprint": file.stated["fingerprint"] or _file_hash(path),
+        "fingerprint": file.stated["fingerprint"] or file_hash(path),
         "preprocessing": preprocessing,
         "preprocessing_hash": _sha256(preprocessing) if preprocessing else None,
         "rows": 0,

@@ -7,11 +7,9 @@ rest. Nothing is unpickled.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.errors import ConfigError, DataError, StorageError
+from fewstep.data.codec import write_file
+from fewstep.errors import ConfigError, DataError
 from fewstep.evaluation.features import FeatureNet, open_features
 from fewstep.evaluation.metrics import Stats
 
@@ -85,20 +84,7 @@ def write_statistics(path: Path, stats: Stats, net: FeatureNet, about: Mapping[s
     arrays = {key: np.array(text) for key, text in texts.items() if text is not None}
     arrays |= {"mu": stats.mean.cpu().numpy(), "sigma": stats.cov.cpu().numpy()}
     arrays |= {} if about.get("count") is None else {"count": np.array(about["count"], dtype=np.int64)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"'{path}' could not be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    return write_file(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def read_statistics(path: Path) -> StatisticsFile:

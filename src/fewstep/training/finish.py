@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import platform
 import shlex
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from fewstep.checkpoint.model import save_model
-from fewstep.checkpoint.store import write_json
+from fewstep.checkpoint.store import file_hash, write_json
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.evaluation.evaluate import draw_labels, evaluate, open_reference, to_host
@@ -130,11 +129,8 @@ def known_of(teacher: Path) -> dict[str, Any]:
     for folder in (teacher, teacher / "model"):
         config, weights = folder / "config.json", folder / "model.safetensors"
         if config.is_file() and weights.is_file():
-            with weights.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"provenance": json.loads(config.read_text(encoding="utf-8")).get("provenance") or {}} | {
-                "sha256": digest
-            }
+            provenance = json.loads(config.read_text(encoding="utf-8")).get("provenance") or {}
+            return {"provenance": provenance, "sha256": file_hash(weights)}
     return {}
 
 
