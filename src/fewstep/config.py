@@ -3,6 +3,8 @@
 A field whose type is a union of dataclasses is told apart by the class variable ``kind``::
 
     {"law": {"kind": "lognormal", "mean": -1.1, "std": 2.0}}
+
+So does a field whose type is a class with a registry ``variants`` (``Objective``).
 """
 
 from __future__ import annotations
@@ -151,6 +153,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(args, value, where)
+    if isinstance(hint, type) and hasattr(hint, "variants") and not dataclasses.is_dataclass(hint):
+        return _coerce_variant(hint.variants, value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
@@ -182,15 +186,8 @@ def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if len(options) == 1:
         return _coerce(options[0], value, where)
     variants: dict[Any, Any] = {getattr(a, "kind", None): a for a in options if dataclasses.is_dataclass(a)}
-    if any(isinstance(value, a) for a in variants.values()):
-        return value
-    if variants and isinstance(value, Mapping):
-        kind = value.get("kind")
-        if kind not in variants:
-            raise ConfigError(
-                f"'{where}.kind' is not one of its choices", got=kind, do=nearest(str(kind), map(str, variants))
-            )
-        return from_dict(variants[kind], value, where)
+    if variants and (isinstance(value, Mapping) or any(isinstance(value, a) for a in variants.values())):
+        return _coerce_variant(variants, value, where)
     errors = []
     for option in options:
         try:
@@ -198,6 +195,20 @@ def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         except ConfigError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _coerce_variant(variants: Mapping[Any, Any], value: Any, where: str) -> Any:
+    """One of several dataclasses, told apart by ``kind``."""
+    if any(isinstance(value, a) for a in variants.values()):
+        return value
+    if not isinstance(value, Mapping):
+        raise _wrong(where, value, "a mapping of settings with a 'kind'")
+    kind = value.get("kind")
+    if kind not in variants:
+        raise ConfigError(
+            f"'{where}.kind' is not one of its choices", got=kind, do=nearest(str(kind), map(str, variants))
+        )
+    return from_dict(variants[kind], value, where)
 
 
 def _coerce_scalar(hint: Any, value: Any, where: str) -> Any:

@@ -20,9 +20,18 @@ from fewstep.types import Condition, Samples, Times
 
 TimeMap = Literal["quarter_log", "half_log", "native", "thousand", "thousand_minus_one"]
 
+Sampler = Literal["consistency", "jump"]
+"""How a trained student is sampled: f with fresh noise between the steps, or straight jumps from level to level."""
+
+LANDING_FLOOR = 0.002
+"""Noise level, at sigma_d = 0.5, below which a two-time network hardly tells landing times apart."""
+
 
 class Backbone(Protocol):
-    """A raw network ``F(x, c_noise, cond)``: knows no process. ``x [b, ...]``, ``c_noise [b]``."""
+    """A raw network ``F(x, c_noise, cond)``: knows no process. ``x [b, ...]``, ``c_noise [b]``.
+
+    One that has an attribute ``two_time = True`` takes a fourth argument, ``c_landing [b, 2]``.
+    """
 
     def __call__(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor: ...
 
@@ -84,9 +93,21 @@ class Parametrization:
             return (0.5 * sigma_edm.clamp_min(2 * least)).log()
         return t * {"native": 1.0, "thousand": 1000.0, "thousand_minus_one": 999.0}[self.time]
 
+    def c_landing(self, t: Times, s: Times) -> Tensor:
+        """What a two-time network is told about a jump from t to s (EDM noise levels), ``(l(s), l(t))``, ``[b, 2]``.
+
+        ``l(u) = ln(u/(2 sigma_d) + 0.002)/4``: EDM's c_noise, at sigma_d = 0.5, but smooth and finite down to 0.
+        """
+        levels = torch.stack((s, t), dim=1) / (2 * self.sigma_data)
+        return (levels + LANDING_FLOOR).log() / 4
+
 
 class Denoiser(nn.Module):
     """``D(x_t, t, cond) -> x_0-like``: a backbone, the process it was trained under, and a clock.
+
+    A two-time student, ``g(x_t, t, cond, s)``, is also told the time s at which it lands: its landing point is
+    ``x_s = g + (s/t) (x_t - g)`` (EDM coordinates). Its g(x_t, t, t) is a denoiser, its g(x_t, t, 0) a consistency
+    function.
 
     Calling it takes ``x_t`` in the coordinates of ``process`` (the clock); internally everything goes
     through EDM coordinates into those of ``native``, where the parametrization lives (math.md 1.1).
@@ -101,7 +122,9 @@ class Denoiser(nn.Module):
         sigma_min, sigma_max: EDM noise levels between which the network is to be trusted; sampling
             starts at ``sigma_max``. Below ``sigma_min`` a sample counts as clean.
         value_range: what uint8 levels 0 and 255 are in model space.
-        sampler_times: step count -> EDM noise levels of the few-step sampler, largest first.
+        sampler: how :func:`fewstep.sample` uses it: "consistency" (always to 0, then fresh noise) or "jump"
+            (straight from level to level).
+        sampler_times: step count -> EDM noise levels of the few-step sampler, largest first, without the final 0.
         spec: how to rebuild the backbone from a file, ``{"name": ..., "kwargs": {...}}``, or None for a
             user's own module.
     """
@@ -118,6 +141,7 @@ class Denoiser(nn.Module):
         sigma_min: float = 0.0,
         sigma_max: float = 80.0,
         value_range: tuple[float, float] = (-1.0, 1.0),
+        sampler: Sampler = "consistency",
         sampler_times: dict[int, tuple[float, ...]] | None = None,
         spec: dict[str, Any] | None = None,
     ) -> None:
@@ -129,6 +153,9 @@ class Denoiser(nn.Module):
         low, high = self.native.edm_range
         self.sigma_min, self.sigma_max = max(sigma_min, low), min(sigma_max, high)
         self.value_range = value_range
+        if sampler not in get_args(Sampler):
+            raise ConfigError(f"'{sampler}' is not a sampler", do=nearest(sampler, get_args(Sampler)))
+        self.sampler: Sampler = sampler
         self.sampler_times = dict(sampler_times or {})
         self.spec = spec
 
@@ -136,6 +163,11 @@ class Denoiser(nn.Module):
     def sigma_data(self) -> float:
         """Standard deviation of the data in model space."""
         return self.parametrization.sigma_data
+
+    @property
+    def two_time(self) -> bool:
+        """Whether the network is told its landing time."""
+        return bool(getattr(self.backbone, "two_time", False))
 
     @property
     def device(self) -> torch.device:
@@ -147,19 +179,22 @@ class Denoiser(nn.Module):
         """Working precision of the weights."""
         return next((p.dtype for p in self.backbone.parameters()), torch.float32)
 
-    def forward(self, x_t: Samples, t: Times | float, cond: Tensor | None = None) -> Samples:
-        """Estimate of x_0 (diffusion model) or landing point at time 0 (consistency model).
+    def forward(
+        self, x_t: Samples, t: Times | float, cond: Tensor | None = None, s: Times | float | None = None
+    ) -> Samples:
+        """Estimate of x_0 (diffusion model), landing point at time 0 (consistency model), or g (two-time student).
 
         Args:
             x_t: ``[b, ...]`` in the coordinates of ``process``.
             t: scalar or ``[b]``, in the time of ``process`` (sigma for EDM).
             cond: class indices ``[b]`` or one-hot ``[b, num_classes]``; None is "no label".
+            s: landing time of a two-time student, scalar or ``[b]``, on the same clock; None is 0.
 
         Returns:
             ``[b, ...]`` in model space.
 
         Raises:
-            ConfigError: shapes do not fit.
+            ConfigError: shapes do not fit, or the network cannot be told a landing time.
         """
         t = self._per_sample(t, x_t)
         label = self.one_hot(cond, len(x_t))
@@ -171,16 +206,27 @@ class Denoiser(nn.Module):
             alpha = self.native.edm_scale(edm)
             sigma, native_t = alpha * edm, self.native.from_edm(edm)
             z = expand(alpha / self.process.edm_scale(edm), x_t).to(x_t.dtype) * x_t
-        return self._native(z, native_t, edm, alpha, sigma, label)
-
-    def _native(
-        self, z: Samples, t: Times, edm: Times, alpha: Tensor, sigma: Tensor, label: Condition | None
-    ) -> Samples:
+        told = self._landing(edm, s, x_t)
         p = self.parametrization
         c_skip, c_out = p.skip_and_out(alpha, sigma, evaluating=not self.training)
         c_skip, c_out, c_in = (expand(c, z).to(z.dtype) for c in (c_skip, c_out, p.c_in(alpha, sigma)))
-        out = self.backbone(c_in * z, p.c_noise(t, edm).to(z.dtype), label)
+        out = self.backbone(c_in * z, p.c_noise(native_t, edm).to(z.dtype), label, *(c.to(z.dtype) for c in told))
         return c_skip * z + c_out * out.to(z.dtype)
+
+    def _landing(self, edm: Times, s: Times | float | None, x_t: Samples) -> tuple[Tensor, ...]:
+        """What the network gets beside x_t, t and label: nothing, or ``c_landing [b, 2]`` for the jump to s."""
+        if self.two_time:
+            landing = (
+                torch.zeros_like(edm) if s is None else self.process.to_edm(self._per_sample(s, x_t)).to(edm.dtype)
+            )
+            return (self.parametrization.c_landing(edm, landing),)
+        if s is not None:
+            raise ConfigError(
+                "This network cannot be told where to land",
+                got="a landing time s",
+                do="Leave s out, or make a two-time student of it: fewstep.backbones.two_time.with_landing(denoiser)",
+            )
+        return ()
 
     def one_hot(self, cond: Tensor | None, batch: int) -> Condition | None:
         """Class indices ``[b]`` as one-hot ``[b, num_classes]``; None becomes zeros ("no label")."""
@@ -210,6 +256,13 @@ class Denoiser(nn.Module):
         """The same network (shared weights) under another parametrization."""
         twin = copy.copy(self)
         twin.parametrization = parametrization
+        return twin
+
+    def around(self, backbone: nn.Module, spec: dict[str, Any] | None) -> Denoiser:
+        """The same process, meaning and sampler around another network."""
+        twin = copy.copy(self)
+        twin._modules = self._modules | {"backbone": backbone}  # a shallow copy would share the table
+        twin.sampler_times, twin.spec = dict(self.sampler_times), spec
         return twin
 
     def clone(self) -> Denoiser:
@@ -302,10 +355,12 @@ class Guided(nn.Module):
             raise ConfigError("Guidance needs a class-conditional model", got="an unconditional one")
         self.denoiser, self.weight = denoiser, weight
 
-    def forward(self, x_t: Samples, t: Times | float, cond: Tensor | None = None) -> Samples:
+    def forward(
+        self, x_t: Samples, t: Times | float, cond: Tensor | None = None, s: Times | float | None = None
+    ) -> Samples:
         """``[b, ...]`` as :class:`Denoiser`; two evaluations of the network."""
-        unconditional = self.denoiser(x_t, t, None)
-        return unconditional + self.weight * (self.denoiser(x_t, t, cond) - unconditional)
+        unconditional = self.denoiser(x_t, t, None, s)
+        return unconditional + self.weight * (self.denoiser(x_t, t, cond, s) - unconditional)
 
 
 def check_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

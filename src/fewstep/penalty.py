@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,20 +23,20 @@ class Penalty:
     Args:
         distance: "squared_l2" ``|d|^2``; "l2" ``|d|``; "pseudo_huber" ``sqrt(|d|^2 + c^2) - c`` (eq. 2.6,
             equal to "l2" at c = 0). ``|d|`` sums over all non-batch dimensions. The gradient at d = 0 is 0.
-        c: pseudo-Huber constant, in units of the data; iCT's choice is 0.00054 sqrt(dimensions).
+        c: pseudo-Huber constant, in units of the data; None is iCT's choice, 0.00054 sqrt(dimensions).
         weight: "dt" 1/(t-r); "sqrt_dt" (t-r)^-1/2; "snr" 1/t^2; "snr+1" 1/t^2 + 1; "truncated_snr"
             max(1/t^2, 1); "snrpk" 1/t^2 + 1/sigma_d^2 (= 1/c_out^2); "c_out" 1/c_out; "one" 1.
     """
 
     distance: Distance = "l2"
     weight: Weight = "dt"
-    c: float = 0.0
+    c: float | None = 0.0
 
     def __post_init__(self) -> None:
         for value, known in ((self.distance, get_args(Distance)), (self.weight, get_args(Weight))):
             if value not in known:
                 raise ConfigError(f"'{value}' is not a distance or weight of a penalty", do=nearest(str(value), known))
-        if self.c < 0:
+        if self.c is not None and self.c < 0:
             raise ConfigError("The pseudo-Huber constant is negative", got=self.c, want="c >= 0")
 
     def __call__(self, delta: Samples, t: Times, gap: Times, sigma_data: float = 0.5) -> PerSample:
@@ -49,9 +50,10 @@ class Penalty:
         square = delta.flatten(1).square().sum(1)
         if self.distance == "squared_l2":
             return square
-        if self.distance == "pseudo_huber" and self.c > 0:
+        c = 0.00054 * math.sqrt(math.prod(delta.shape[1:])) if self.c is None else self.c
+        if self.distance == "pseudo_huber" and c > 0:
             # (sqrt(s + c^2) - c) = s / (sqrt(s + c^2) + c), without cancellation at small s
-            return square / ((square + self.c**2).sqrt() + self.c)
+            return square / ((square + c**2).sqrt() + c)
         return _safe_sqrt(square)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fewstep.backbones import build
+from fewstep.backbones.two_time import with_landing
 from fewstep.checkpoint.model import load
 from fewstep.checkpoint.store import write_text
 from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
@@ -138,16 +139,17 @@ def resume(
             teacher = teacher if teacher is not None else teacher_again(config, path)
             student = make_student(teacher if teacher is not None else load(path, weights="student"), config)
         check_fit(student, source)
-        trainer = Trainer(config, student.to(world.device), source, world)
+        trainer = make_trainer(config, student, source, world, teacher)
         restore_state(trainer, path)
         return _finish(trainer, teacher, path, watcher, command)
 
 
 def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
-    """The teacher of an unfinished run; None if it is gone, which costs its rows in the closing table only.
+    """The teacher of an unfinished run; None if it is gone and only its rows in the closing table need it.
 
     Raises:
-        CheckpointError: it was a network of the user's own, which the run directory cannot contain.
+        CheckpointError: the objective needs it, or it was a network of the user's own, which the run directory
+            cannot contain.
     """
     if config.teacher == IN_MEMORY or ".py:" in config.teacher:
         given = IN_MEMORY if config.teacher == IN_MEMORY else f"as {config.teacher}"
@@ -155,7 +157,14 @@ def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
             f"'{run}' was tuned from a network of your own, given {given}",
             do=f"Give it again: fewstep resume {run} --network file.py:function, or resume(run, teacher=denoiser)",
         )
-    return load(config.teacher) if Path(config.teacher).is_dir() else None
+    if Path(config.teacher).is_dir():
+        return load(config.teacher)
+    if config.objective.needs_teacher:
+        raise CheckpointError(
+            f"The teacher '{config.teacher}' is gone, and the objective '{config.objective.kind}' follows it",
+            do=f"Put it back, or give it: resume('{run}', teacher=denoiser)",
+        )
+    return None
 
 
 def configure(
@@ -233,7 +242,7 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
             got=f"model.kwargs={config.model.kwargs}",
             do="Images need unet, dit or edm, points need mlp: --set model.backbone=mlp",
         ) from error
-    return Denoiser(
+    network = Denoiser(
         backbone,
         EDM(),
         Parametrization("edm", sigma_data=config.model.sigma_data),
@@ -242,18 +251,52 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
         sigma_max=config.model.sigma_max,
         spec=spec,
     )
+    return _equip(network, config)
 
 
 def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
-    """An independent copy of the teacher, prepared as the configuration asks."""
+    """An independent copy of the teacher (or its network with fresh weights), prepared as the configuration asks."""
     student = teacher.clone()
+    if config.student.start == "fresh":
+        student.backbone = _fresh(teacher, config.seed)
     if not any(p.requires_grad for p in student.parameters()):
         student.requires_grad_(True)
     if config.student.boundary_shift:
         shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
         student = student.with_parametrization(shifted)
-    student.sampler_times |= _sampler_times(config, student)
+    return _equip(student, config)
+
+
+def _fresh(teacher: Denoiser, seed: int) -> torch.nn.Module:
+    """The teacher's architecture with weights of its own, seeded."""
+    if teacher.spec is None:
+        raise ConfigError(
+            "A network of your own cannot be started afresh", got="student.start=fresh", do="Give it with fresh weights"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(teacher.spec).to(teacher.device)
+
+
+def _equip(student: Denoiser, config: RunConfig) -> Denoiser:
+    """The landing time and the sampler that the objective trains for, and the configured sampling times."""
+    if config.objective.two_time:
+        student = with_landing(student, seed=config.seed)
+    student.sampler, times = config.objective.sampler(student)
+    student.sampler_times = (times or student.sampler_times) | _sampler_times(config, student)
     return student
+
+
+def make_trainer(
+    config: RunConfig, student: Denoiser, source: Source, world: World, teacher: Denoiser | None
+) -> Trainer:
+    """A trainer with the networks that the objective needs beside the student."""
+    features = None
+    if config.objective.features is not None:
+        from fewstep.training.feature_space import open_differentiable
+
+        features = open_differentiable(config.objective.features)
+    return Trainer(config, student.to(world.device), source, world, teacher, features)
 
 
 def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[float, ...]]:
@@ -348,7 +391,7 @@ def _run(
             else "Choose another --out",
         )
     check_table(config, source)
-    trainer = Trainer(config, student.to(world.device), source, world)
+    trainer = make_trainer(config, student, source, world, teacher)
     world.wait()
     if world.leads:
         write_text(out / "config.yaml", dump_yaml(config))

@@ -1,4 +1,4 @@
-"""Samplers: the few-step consistency sampler and EDM's Heun sampler for the teacher.
+"""Samplers: the few-step consistency and jump samplers, and EDM's Heun sampler for the teacher.
 
 All of them work in EDM coordinates, start from ``sigma_max * noise`` (not from N(0, T^2 + sigma_d^2)), keep
 the state in float64 and draw noise per sample: sample i depends on the seed and on i alone.
@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import LANDING_FLOOR, Denoiser, Guided
 from fewstep.errors import ConfigError
+from fewstep.jumps import ddim
 from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.types import Samples
 
 Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+TwoTimeModel = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 """Fresh standard normal noise for step k, ``[b, ...]``."""
 
@@ -39,21 +41,55 @@ def karras_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, r
 
 
 def few_step_times(denoiser: Denoiser, steps: int) -> list[float]:
-    """Noise levels of an N-step consistency sampler, largest first.
+    """Noise levels of the model's N-step sampler, largest first.
 
-    The model's own ``sampler_times`` where it carries them; else sigma_max, followed for two steps by ECT's
-    0.821 (scaled by sigma_d/0.5), and for more by levels spaced evenly in ln sigma around it, from
-    0.821 * 4^(1 - 2/N) down to 0.821 / 4^(1 - 2/N).
+    The model's own ``sampler_times`` where it carries them; else :func:`jump_times` for a student that jumps. For
+    a consistency model sigma_max, followed for two steps by ECT's 0.821 (scaled by sigma_d/0.5), and for more by
+    levels spaced evenly in ln sigma around it, from 0.821 * 4^(1 - 2/N) down to 0.821 / 4^(1 - 2/N).
+
+    Raises:
+        ConfigError: the student was trained for other numbers of steps only.
     """
     if steps < 1:
         raise ConfigError("The number of sampling steps must be at least 1", got=steps)
     if steps in denoiser.sampler_times:
         return list(denoiser.sampler_times[steps])
+    possible = possible_steps(denoiser)
+    if possible is not None:
+        known = " or ".join(map(str, possible)) or "none, its sampler_times are empty"
+        raise ConfigError(
+            "This student jumps between the levels it was trained for only", got=f"{steps} steps", want=known
+        )
+    if denoiser.sampler == "jump":
+        return jump_times(denoiser, steps)
     mid = min(MID_SIGMA * denoiser.sigma_data / 0.5, denoiser.sigma_max / 8)  # 4 mid stays below sigma_max
     spread = math.log(4.0) * (1 - 2 / steps)
     count = steps - 1
     offsets = [spread * (1 - 2 * i / (count - 1)) if count > 1 else 0.0 for i in range(count)]
     return [denoiser.sigma_max, *(mid * math.exp(o) for o in offsets)]
+
+
+def jump_times(denoiser: Denoiser, steps: int) -> list[float]:
+    """Upper edges of ``steps`` segments, largest first, the last of which ends in 0.
+
+    ``edge_k = ((1 - k/S) (T^(1/7) - lo^(1/7)) + lo^(1/7))^7`` for k = 0 to S - 1, ``T = sigma_max``,
+    ``lo = max(0.002 sigma_d/0.5, sigma_min)``: equal parts of EDM's grid; the edges of 2 S steps contain those of S.
+    """
+    if steps < 1:
+        raise ConfigError("The number of sampling steps must be at least 1", got=steps)
+    low = max(LANDING_FLOOR * denoiser.sigma_data / 0.5, denoiser.sigma_min) ** (1 / 7)
+    high = denoiser.sigma_max ** (1 / 7)
+    return [denoiser.sigma_max, *(((1 - k / steps) * (high - low) + low) ** 7 for k in range(1, steps))]
+
+
+def possible_steps(denoiser: Denoiser) -> tuple[int, ...] | None:
+    """The step counts that this model can be sampled in; None is any.
+
+    A student that jumps without being told where it lands knows only the edges it was trained for.
+    """
+    if denoiser.sampler == "jump" and not denoiser.two_time:
+        return tuple(sorted(denoiser.sampler_times))
+    return None
 
 
 # ----------------------------------------------------------------------------------------- algorithms
@@ -72,6 +108,31 @@ def consistency_sample(
     for k, sigma in enumerate(times[1:], start=1):
         x_t = x + sigma * noise(k).double()
         x = model(x_t.to(latents.dtype), _level(sigma, latents), cond).double()
+    return x.to(latents.dtype)
+
+
+def jump_sample(
+    model: Model | TwoTimeModel,
+    latents: Samples,
+    times: Sequence[float],
+    cond: Tensor | None = None,
+    *,
+    two_time: bool = False,
+) -> Samples:
+    """Jumps from level to level and then to 0, ``x <- g + (t_{k+1}/t_k) (x - g)`` (math.md 3.5); deterministic.
+
+    Algorithm 2 of Multistep Consistency Models (arXiv 2403.06807), and flow maps with a landing time.
+
+    Args:
+        model: ``g(x, sigma, cond)`` in EDM coordinates, with a fourth argument, the level of landing ``[b]``, where
+            ``two_time``; NFE is ``len(times)``.
+        latents: standard normal noise ``[b, ...]``.
+        times: noise levels, decreasing, without the final 0.
+    """
+    x = latents.double() * times[0]
+    for t, s in itertools.pairwise([*times, 0.0]):
+        landing = (_level(s, latents),) if two_time else ()
+        x = ddim(model(x.to(latents.dtype), _level(t, latents), cond, *landing).double(), x, t, s)
     return x.to(latents.dtype)
 
 
@@ -136,7 +197,8 @@ def sample(
     """``n`` samples in ``steps`` network evaluations, ``[n, ...]`` in model space.
 
     Args:
-        denoiser: a consistency model (any denoiser works; a diffusion model gives blurred means).
+        denoiser: a few-step student, sampled by its own ``sampler`` (any denoiser works; a diffusion model gives
+            blurred means).
         times: EDM noise levels, decreasing; default :func:`few_step_times`.
         cond: class indices ``[n]`` or one-hot ``[n, num_classes]``.
         guidance: weight w of ``f_u + w (f_c - f_u)``; a heuristic on consistency models (math.md 3.4),
@@ -144,9 +206,11 @@ def sample(
         batch_size: how many samples at once; changes nothing in the result but the rounding.
         first: the number of the first sample; ``first=k`` gives samples k, k + 1, ... of a longer call.
     """
-    levels = check_times(times, denoiser) if times is not None else few_step_times(denoiser, steps)
+    levels = few_step_times(denoiser, steps) if times is None else _check_edges(check_times(times, denoiser), denoiser)
 
     def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
+        if denoiser.sampler == "jump":
+            return jump_sample(model, latents, levels, cond, two_time=denoiser.two_time)
         return consistency_sample(model, latents, levels, noise, cond)
 
     return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
@@ -208,6 +272,15 @@ def check_times(times: Sequence[float], denoiser: Denoiser) -> list[float]:
             got=levels,
             want=f"decreasing noise levels in (0, {denoiser.sigma_max:g}], largest first",
         )
+    return levels
+
+
+def _check_edges(levels: list[float], denoiser: Denoiser) -> list[float]:
+    """``levels``, or an error if this student lands elsewhere when it jumps from them."""
+    if possible_steps(denoiser) is not None:
+        own = few_step_times(denoiser, len(levels))
+        if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(levels, own, strict=True)):
+            raise ConfigError("This student jumps between the levels it was trained for only", got=levels, want=own)
     return levels
 
 

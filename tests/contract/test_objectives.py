@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep import BACKBONES, EDM, OBJECTIVES, Denoiser, Parametrization
 from fewstep.backbones import build
+from fewstep.backbones.two_time import with_landing
 from fewstep.config import from_dict, to_dict
 from fewstep.data.sources import ArraySource
-from fewstep.objectives import ECT, AnyObjective, StepRandom
+from fewstep.objectives import ECD, ECT, TCM, Beside, Objective, StepRandom
 from fewstep.randomness import Streams
 from fewstep.times import Stages
 from fewstep.training.config import OptimConfig, RunConfig
@@ -32,8 +33,18 @@ SPECS = {
 }  # fmt: skip
 SHAPES = {"mlp": (2,)}
 MIDDLE = Progress(500, 1000)
+STEP = 1e-6
+GROUPED = ("cmt",)
+"""Objectives whose rows share a trajectory."""
+SELF_TARGET = ("scm", "meanflow")
+BF16: dict[str, float] = {}
+"""Least cosine between the steps in float32 and bf16, where it is not .98."""
 
-pytestmark = [pytest.mark.parametrize("kind", OBJECTIVES), pytest.mark.parametrize("name", BACKBONES)]
+
+pytestmark = [
+    pytest.mark.parametrize("kind", OBJECTIVES),
+    pytest.mark.parametrize("name", [name for name in BACKBONES if name != "two_time"]),
+]
 
 
 def make(name: str) -> Denoiser:
@@ -47,10 +58,42 @@ def make(name: str) -> Denoiser:
     return Denoiser(backbone, EDM(), Parametrization("edm"), sample_shape=shape, spec=spec)
 
 
-def objective(kind: str) -> AnyObjective:
-    """The default one; ECT at ratio 8, where every row has r > 0."""
+def make_student(kind: str, name: str) -> Denoiser:
+    """A student of the kind that the objective trains; its landing time has an effect."""
+    student = make(name)
+    if objective(kind).two_time:
+        student = with_landing(student)
+        student.backbone.landing.last.weight.data.fill_(0.02)  # type: ignore[union-attr]
+    return student
+
+
+def objective(kind: str) -> Objective:
+    """The default one; where there are stages, at ratio 8, where every row has r > 0."""
     made = OBJECTIVES[kind]()
-    return replace(made, schedule=Stages(q=8.0, last=0)) if isinstance(made, ECT) else made
+    changes: dict[str, object] = {"schedule": Stages(q=8.0, last=0)} if isinstance(made, ECT | ECD | TCM) else {}
+    return replace(made, **changes)
+
+
+def company(kind: str, student: Denoiser) -> Beside:
+    """A teacher and companions with weights of their own, so that a mix-up shows."""
+    made = objective(kind)
+
+    def other(seed: int) -> Denoiser:
+        twin = student.clone().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in twin.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.add_(0.02 * noise.to(parameter.dtype))
+        return twin
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        extra = made.extra(student)
+    return Beside(
+        other(1).eval() if made.needs_teacher else None,
+        {word: other(2 + k).train() for k, word in enumerate(made.companions())},
+        extra if extra is None else extra.to(student.dtype),
+    )
 
 
 def rows(name: str, dtype: torch.dtype = torch.float32) -> Batch:
@@ -63,76 +106,85 @@ def random(first: int = 100, count: int = ROWS) -> StepRandom:
     return StepRandom(Streams(3), torch.arange(first, first + count), CPU)
 
 
-def loss(kind: str, student: Denoiser, batch: Batch, first: int = 100) -> Tensor:
-    return objective(kind).loss(student.train(), batch, MIDDLE, random(first, len(batch.x))).per_sample
-
-
-@contextmanager
-def recorded(student: Denoiser) -> Iterator[list[bool]]:
-    """Whether gradients were on in each pass of the network."""
-    passes: list[bool] = []
-    handle = student.backbone.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    yield passes
-    handle.remove()
+def loss(kind: str, student: Denoiser, batch: Batch, first: int = 100, beside: Beside | None = None) -> Tensor:
+    made = objective(kind).prepare(student)
+    beside = company(kind, student) if beside is None else beside
+    return made.loss(student.train(), batch, MIDDLE, random(first, len(batch.x)), beside).per_sample
 
 
 def test_one_number_per_sample_and_the_same_every_time(kind: str, name: str) -> None:
-    student, batch = make(name), rows(name)
+    student, batch = make_student(kind, name), rows(name)
     torch.manual_seed(1)
     first = loss(kind, student, batch)
     torch.manual_seed(2)  # the global generator plays no part
     again = loss(kind, student, batch)
     assert first.shape == (ROWS,)
-    assert (first > 0).all()
+    assert first.any()
     assert torch.equal(first, again)
     assert not torch.allclose(first, loss(kind, student, batch, first=0))  # other images: other noise
 
 
 def test_each_row_depends_on_itself_alone(kind: str, name: str) -> None:
-    student, batch = make(name).double(), rows(name, torch.float64)
+    if kind in GROUPED:
+        pytest.skip(f"{kind} trains on groups of rows by design")
+    student, batch = make_student(kind, name).double(), rows(name, torch.float64)
     together = loss(kind, student, batch)
     alone = [loss(kind, student, Batch(batch.x[i : i + 1], None), first=100 + i) for i in range(ROWS)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-7, atol=1e-9)
 
 
-def test_gradients_flow_through_the_students_own_pass_only(kind: str, name: str) -> None:
-    """The gradient equals the one of the loss with the target as a constant."""
-    student, batch = make(name).double(), rows(name, torch.float64)
-    with recorded(student) as passes:
-        per_sample = loss(kind, student, batch)
-    assert passes == ([True, False] if kind == "ect" else [True])
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    got = torch.autograd.grad(per_sample.mean(), parameters, allow_unused=True)
-    assert any(g is not None and g.any() for g in got)
-    if kind == "ect":
-        frozen = with_constant_target(student, batch)
-        want = torch.autograd.grad(frozen.mean(), parameters, allow_unused=True)
-        for a, b in zip(got, want, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+class Split(nn.Module):
+    """Two copies of a network: ``live`` in passes with gradients, ``still`` in those without."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.live, self.still = network, copy.deepcopy(network)
+        self.two_time = getattr(network, "two_time", False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return (self.live if torch.is_grad_enabled() else self.still)(*inputs)
 
 
-def with_constant_target(student: Denoiser, batch: Batch) -> Tensor:
-    """ECT written out: two passes with the same noise and the same masks, the second one detached."""
-    from fewstep.times import draw, pair
+def test_the_gradient_is_that_of_the_students_own_pass(kind: str, name: str) -> None:
+    """Autograd agrees with a finite difference in the weights of the passes with gradients alone: the target is a
+    constant, whatever weights it was made with."""
+    if kind in SELF_TARGET:
+        pytest.skip("its loss is |F - sg(F + g)|^2 with F from one pass: closed_form/ tests its gradient")
+    plain = make_student(kind, name).double()
+    beside = company(kind, plain)
+    student, batch = plain.around(Split(plain.backbone), None), rows(name, torch.float64)
+    live = [p for p in student.backbone.live.parameters() if p.requires_grad]  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(4)
+    direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in live]
+    grads = torch.autograd.grad(loss(kind, student, batch, beside=beside).mean(), live, allow_unused=True)
+    slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True) if g is not None)
+    ends = []
+    for sign in (1, -1):
+        for p, d in zip(live, direction, strict=True):
+            p.data.add_(d, alpha=sign * STEP)
+        ends.append(float(loss(kind, student, batch, beside=beside).mean()))
+        for p, d in zip(live, direction, strict=True):
+            p.data.add_(d, alpha=-sign * STEP)
+    assert slope != 0
+    assert (ends[0] - ends[1]) / (2 * STEP) == pytest.approx(slope, rel=2e-4)
 
-    ect, draws = objective("ect"), random()
-    assert isinstance(ect, ECT)
-    t = draw(ect.law, draws.uniform("times"), student.sigma_min)
-    eps = draws.normal("noise", batch.x)
-    r, gap = pair(ect.mapping, t, 8.0)
-    shape = (-1, *[1] * (batch.x.ndim - 1))
-    tape = draws.tape()
-    with tape.record():
-        out = student(batch.x + t.reshape(shape) * eps, t)
-    with tape.replay():
-        target = student(batch.x + r.reshape(shape) * eps, r).detach()
-    return ect.penalty(out - target, t, gap, student.sigma_data)
+
+def test_nothing_but_the_student_gets_a_gradient(kind: str, name: str) -> None:
+    student = make_student(kind, name)
+    beside = company(kind, student)
+    others = [net for net in (beside.teacher, *beside.companions.values()) if net is not None]
+    before = [parameter.clone() for net in others for parameter in net.parameters()]
+    for net in others:
+        net.requires_grad_(True)
+    loss(kind, student, rows(name), beside=beside).mean().backward()
+    after = [parameter for net in others for parameter in net.parameters()]
+    assert all(p.grad is None for p in after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
 def test_two_steps_in_float32_and_bf16(kind: str, name: str) -> None:
-    """bf16 autocast takes nearly the same steps, in weights that stay float32."""
+    """bf16 autocast takes nearly the same steps, in weights that stay float32; the teacher keeps its bits."""
     if name == "mlp":
         source = ArraySource("points", rows(name).x.repeat(4, 1), None)
     else:
@@ -145,23 +197,25 @@ def test_two_steps_in_float32_and_bf16(kind: str, name: str) -> None:
             images=2 * ROWS, batch_size=ROWS, precision=precision, objective=objective(kind),
             optim=OptimConfig(name="adam", lr=1e-3, eps=1.0),
         )  # fmt: skip
-        student = make(name)
-        trainer = Trainer(config, student, source, World(0, 1, CPU))
+        student, teacher = make_student(kind, name), make(name)
+        trainer = Trainer(config, student, source, World(0, 1, CPU), teacher)
         assert [r.progress.images_seen for r in trainer.steps()] == [ROWS, 2 * ROWS]
-        moved = [b - a for a, b in zip(make(name).parameters(), student.parameters(), strict=True)]
-        results[precision] = torch.cat([m.flatten() for m in moved])
+        pairs = zip(make_student(kind, name).parameters(), student.parameters(), strict=True)
+        results[precision] = torch.cat([(b - a).flatten() for a, b in pairs])
         assert results[precision].dtype == torch.float32
         trainer.require_finite()
+        same = zip(teacher.parameters(), make(name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
     a, b = results["fp32"], results["bf16"]
     assert a.abs().max() > 1e-6
     assert not torch.equal(a, b)
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > BF16.get(kind, 0.98)
 
 
 def test_configuration_round_trip(kind: str, name: str) -> None:
     made = objective(kind)
     assert made.kind == kind
-    record = to_dict(made)
+    record = json.loads(json.dumps(to_dict(made)))
     assert record["kind"] == kind
     assert from_dict(OBJECTIVES[kind], record) == made
     described = made.describe(MIDDLE)
@@ -169,7 +223,9 @@ def test_configuration_round_trip(kind: str, name: str) -> None:
 
 
 def test_working_precision_is_the_students(kind: str, name: str) -> None:
-    make_loss: Callable[[torch.dtype], Tensor] = lambda d: loss(kind, make(name).to(d), rows(name, d))  # noqa: E731
-    single, double = make_loss(torch.float32), make_loss(torch.float64)
+    def at(dtype: torch.dtype) -> Tensor:
+        return loss(kind, make_student(kind, name).to(dtype), rows(name, dtype))
+
+    single, double = at(torch.float32), at(torch.float64)
     assert double.dtype == torch.float64
-    torch.testing.assert_close(single.double(), double, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(single.double(), double, rtol=5e-3, atol=1e-3)

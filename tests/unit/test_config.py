@@ -22,7 +22,7 @@ from fewstep.config import (
     with_overrides,
 )
 from fewstep.errors import ConfigError
-from fewstep.objectives import ECT, OBJECTIVES, AnyObjective, Diffusion
+from fewstep.objectives import ECT, OBJECTIVES, Objective, Diffusion
 from fewstep.penalty import Penalty
 from fewstep.process import VP, AnyProcess, DiscreteVP
 from fewstep.times import Constant, Continuous, KarrasUniform, Lognormal, LogUniform, Sigmoid, Stages
@@ -60,7 +60,7 @@ class Plan:
 @dataclass(frozen=True)
 class Run:
     plan: Plan = field(default_factory=Plan)
-    objective: AnyObjective = field(default_factory=ECT)
+    objective: Objective = field(default_factory=ECT)
     process: AnyProcess = field(default_factory=VP)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from fewstep.backbones.edm import SongUNet
 from fewstep.backbones.small import MLP, DiT, UNet
+from fewstep.backbones.two_time import TwoTime
 from fewstep.errors import ConfigError, nearest
 
 BACKBONES: dict[str, type[nn.Module]] = {
@@ -15,11 +16,12 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "unet": UNet,
     "dit": DiT,
     "mlp": MLP,
+    "two_time": TwoTime,
 }
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
-    """The network of ``{"name": ..., "kwargs": {...}}``.
+    """The network of ``{"name": ..., "kwargs": {...}}``; an argument that is itself a mapping is a network inside it.
 
     Raises:
         ConfigError: the name is unknown or the arguments do not fit.
@@ -27,8 +29,14 @@ def build(spec: dict[str, Any]) -> nn.Module:
     name = str(spec.get("name"))
     if name not in BACKBONES:
         raise ConfigError(f"There is no backbone '{name}'", do=nearest(name, BACKBONES))
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(spec.get("kwargs") or {}).items()}
+    kwargs = {k: _argument(v) for k, v in dict(spec.get("kwargs") or {}).items()}
     try:
         return BACKBONES[name](**kwargs)
     except TypeError as error:
         raise ConfigError(f"The backbone '{name}' does not take these arguments: {error}", got=kwargs) from error
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, dict):
+        return build(value)
+    return tuple(value) if isinstance(value, list) else value

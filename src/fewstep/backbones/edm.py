@@ -218,8 +218,19 @@ class SongUNet(nn.Module):
         self.map_layer0 = linear(noise, width)
         self.map_layer1 = linear(width, width)
 
+    @property
+    def landing_width(self) -> int:
+        """Width of the ``landing`` that :meth:`forward` takes."""
+        return self.config.noise_channels
+
     def forward(
-        self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, *, augment: Tensor | None = None
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Tensor | None = None,
+        *,
+        augment: Tensor | None = None,
+        landing: Tensor | None = None,
     ) -> Tensor:
         """F(x, c_noise, cond): the raw network output, in the precision of ``x`` (or of autocast).
 
@@ -228,6 +239,7 @@ class SongUNet(nn.Module):
             c_noise: noise condition, float ``[b]``; ln(sigma) / 4 in EDM.
             cond: one-hot labels, float ``[b, label_dim]``; None = zeros ("no class").
             augment: augmentation labels, float ``[b, augment_dim]``; None = zeros ("not augmented").
+            landing: what a two-time network adds to the noise embedding, float ``[b, landing_width]``.
 
         Returns:
             float ``[b, out_channels, img_resolution, img_resolution]``.
@@ -238,12 +250,14 @@ class SongUNet(nn.Module):
         config = self.config
         shape = (config.in_channels, config.img_resolution, config.img_resolution)
         check_inputs(x, c_noise, cond, augment, shape, config.label_dim, config.augment_dim)
-        emb = self._embed(c_noise, cond, augment, x.dtype)
+        emb = self._embed(c_noise, cond, augment, landing, x.dtype)
         x, skips = self._encode(x, emb)
         return self._decode(x, skips, emb)
 
-    def _embed(self, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Noise, label and augmentation -> the vector ``[b, e]`` that modulates every block."""
+    def _embed(
+        self, c_noise: Tensor, cond: Tensor | None, augment: Tensor | None, landing: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Noise, label, augmentation and landing -> the vector ``[b, e]`` that modulates every block."""
         emb = self.map_noise(c_noise).to(dtype)
         if self.map_label is not None:
             classes = emb.new_zeros(len(emb), self.config.label_dim) if cond is None else cond.to(dtype)
@@ -253,6 +267,8 @@ class SongUNet(nn.Module):
             emb = emb + self.map_label(classes * math.sqrt(self.config.label_dim))
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(dtype))
+        if landing is not None:
+            emb = emb + landing.to(emb.dtype)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -16,7 +16,10 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 class NoiseEmbedding(nn.Module):
-    """``c_noise [b]`` (and one-hot labels) -> ``[b, width]``: cosines and sines of 1/8 to 4 turns, then an MLP."""
+    """``c_noise [b]`` (and one-hot labels) -> ``[b, width]``: cosines and sines of 1/8 to 4 turns, then an MLP.
+
+    A two-time network adds its ``landing [b, width]`` between the two layers.
+    """
 
     frequencies: Tensor
 
@@ -28,12 +31,19 @@ class NoiseEmbedding(nn.Module):
         self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
         self.second = nn.Linear(width, width)
 
-    def forward(self, c_noise: Tensor, cond: Condition | None) -> Tensor:
+    @property
+    def width(self) -> int:
+        """Of the embedding and of ``landing``."""
+        return self.second.in_features
+
+    def forward(self, c_noise: Tensor, cond: Condition | None, landing: Tensor | None = None) -> Tensor:
         angle = c_noise[:, None] * self.frequencies.to(c_noise.dtype)
         out = self.first(torch.cat((angle.cos(), angle.sin()), dim=1).to(self.first.weight.dtype))
         if self.label is not None and cond is not None:
             # one-hot labels times sqrt(classes) have unit variance
             out = out + self.label(cond * math.sqrt(self.label.in_features))
+        if landing is not None:
+            out = out + landing.to(out.dtype)
         return F.silu(self.second(F.silu(out)))
 
 
@@ -132,8 +142,15 @@ class UNet(nn.Module):
         self.norm = nn.GroupNorm(_groups(current), current)
         self.head = _zero(nn.Conv2d(current, inputs, 3, padding=1))
 
-    def forward(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        embedding = self.embed(c_noise, cond)
+    @property
+    def landing_width(self) -> int:
+        """Width of the ``landing`` that :meth:`forward` takes."""
+        return self.embed.width
+
+    def forward(
+        self, x: Samples, c_noise: Tensor, cond: Condition | None = None, *, landing: Tensor | None = None
+    ) -> Tensor:
+        embedding = self.embed(c_noise, cond, landing)
         h = self.stem(x)
         skips = [h]
         for layer in self.down:
@@ -203,8 +220,15 @@ class DiT(nn.Module):
         self.modulation = _zero(nn.Linear(width, 2 * width))
         self.head = _zero(nn.Linear(width, inputs * patch * patch))
 
-    def forward(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        embedding = self.embed(c_noise, cond)
+    @property
+    def landing_width(self) -> int:
+        """Width of the ``landing`` that :meth:`forward` takes."""
+        return self.embed.width
+
+    def forward(
+        self, x: Samples, c_noise: Tensor, cond: Condition | None = None, *, landing: Tensor | None = None
+    ) -> Tensor:
+        embedding = self.embed(c_noise, cond, landing)
         h = self.stem(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             h = block(h, embedding)
@@ -254,8 +278,15 @@ class MLP(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.head = _zero(nn.Linear(width, size))
 
-    def forward(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor:
-        embedding = self.embed(c_noise, cond)
+    @property
+    def landing_width(self) -> int:
+        """Width of the ``landing`` that :meth:`forward` takes."""
+        return self.embed.width
+
+    def forward(
+        self, x: Samples, c_noise: Tensor, cond: Condition | None = None, *, landing: Tensor | None = None
+    ) -> Tensor:
+        embedding = self.embed(c_noise, cond, landing)
         h = self.stem(x)
         for layer, modulation in zip(self.layers, self.modulations, strict=True):
             scale, shift = modulation(embedding).chunk(2, dim=1)

@@ -13,7 +13,7 @@ from fewstep.backbones import build
 from fewstep.checkpoint.averages import rebuild_average
 from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
 from fewstep.config import from_dict, to_dict
-from fewstep.denoiser import Denoiser, Parametrization, load_weights
+from fewstep.denoiser import Denoiser, Parametrization, Sampler, load_weights
 from fewstep.errors import CheckpointError
 from fewstep.process import AnyProcess
 
@@ -34,6 +34,7 @@ class ModelConfig:
     sigma_max: float = 80.0
     value_range: tuple[float, float] = (-1.0, 1.0)
     sampler_times: dict[str, Any] = field(default_factory=dict)
+    sampler: Sampler = "consistency"
 
 
 def describe(denoiser: Denoiser) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
     times = {str(k): list(v) for k, v in d.sampler_times.items()}
     config = ModelConfig(
         d.process, d.native, d.parametrization, d.sample_shape, d.spec, d.num_classes,  # type: ignore[arg-type]
-        d.sigma_min, d.sigma_max, d.value_range, times,
+        d.sigma_min, d.sigma_max, d.value_range, times, d.sampler,
     )  # fmt: skip
     return header(KIND) | to_dict(config)
 
@@ -71,6 +72,7 @@ def rebuild(description: dict[str, Any], source: str, network: Denoiser | None =
         sigma_min=config.sigma_min,
         sigma_max=config.sigma_max,
         value_range=config.value_range,
+        sampler=config.sampler,
         sampler_times={int(k): tuple(v) for k, v in config.sampler_times.items()},
         spec=config.backbone,
     )

@@ -72,7 +72,8 @@ def plan(
         model = open_model(teacher, device=str(world.device))
         source = runs.open_data(configuration.data)
         runs.check_fit(model, source)
-        found = make_plan(configuration, runs.make_student(model, configuration), source, world, budget=budget)
+        student = runs.make_student(model, configuration)
+        found = make_plan(runs.make_trainer(configuration, student, source, world, model), budget=budget)
     table = Table(box=None, show_header=False)
     for name in ("weights", "gradients", "optimizer", "averages", "activations", "memory"):
         note = (

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.denoiser import Denoiser
-from fewstep.objectives import ECT, AnyObjective, Diffusion
+from fewstep.objectives import ECT, Objective, Diffusion
 from fewstep.times import draw, pair
 from fewstep.types import Progress
 
@@ -29,7 +29,7 @@ def forward_flops(denoiser: Denoiser) -> int:
     return int(counter.get_total_flops())
 
 
-def target_share(objective: AnyObjective, images: int, sigma_min: float = 0.0, sigma_max: float = 80.0) -> float:
+def target_share(objective: Objective, images: int, sigma_min: float = 0.0, sigma_max: float = 80.0) -> float:
     """Share of training images with a second, target pass: ``P(r > 0)`` under the law of t, meant over the schedule.
 
     0 for diffusion; 1 for an objective whose target passes are not known here.
@@ -50,7 +50,7 @@ def target_share(objective: AnyObjective, images: int, sigma_min: float = 0.0, s
     return sum(shares[q] * count for q, count in ratios.items()) / _CLOCK_GRID
 
 
-def training_flops(denoiser: Denoiser, objective: AnyObjective, images: int) -> float:
+def training_flops(denoiser: Denoiser, objective: Objective, images: int) -> float:
     """``images F (3 + share)``: F of one forward pass, 2 F for its backward, and the target's forward where r > 0.
 
     Optimiser, averages, sampling and what the teacher had cost are not counted. EDM's CIFAR-10 network:

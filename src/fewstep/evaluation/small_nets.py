@@ -37,10 +37,14 @@ class MnistCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[b, 500]``, not negative."""
+        return self.maps(x)[-1]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """What each layer but the last sees next: ``[b, 20, 12, 12]``, ``[b, 50, 4, 4]``, and the features."""
         x = ((x + 1) / 2 - 0.1307) / 0.3081
-        x = F.max_pool2d(self.conv1(x).relu(), 2)
-        x = F.max_pool2d(self.conv2(x).relu(), 2)
-        return F.relu(self.fc1(x.flatten(1)))
+        first = F.max_pool2d(self.conv1(x).relu(), 2)
+        second = F.max_pool2d(self.conv2(first).relu(), 2)
+        return [first, second, F.relu(self.fc1(second.flatten(1)))]
 
     def logits(self, x: Tensor) -> Tensor:
         """Class scores ``[b, 10]``."""

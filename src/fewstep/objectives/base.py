@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.randomness import DropoutTape, Streams
 from fewstep.types import Batch, PerSample, Progress
+
+Features: TypeAlias = Callable[[Tensor], list[Tensor]]
+"""Images ``[b, ...]`` in model space -> feature maps, each ``[b, ...]``, differentiable."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,27 @@ class LossOutput:
 
     per_sample: PerSample
     logs: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The networks beside the student; only ``extra`` is trained with it.
+
+    Args:
+        teacher: the diffusion model that was given, frozen, in eval mode, under the EDM clock.
+        companions: frozen networks that follow the student, by name; in training mode, like the student.
+        extra: the objective's own parameters (a learned weight, a coupling network).
+        features: the feature net of a distance in feature space.
+    """
+
+    teacher: Denoiser | None = None
+    companions: Mapping[str, Denoiser] = field(default_factory=dict)
+    extra: nn.Module | None = None
+    features: Features | None = None
+
+
+ALONE = Beside()
+"""No network but the student."""
 
 
 class StepRandom:
@@ -46,19 +72,86 @@ class StepRandom:
         """A fresh dropout tape for these rows."""
         return DropoutTape(self._streams, self._on_device)
 
+    def groups(self, size: int) -> Groups:
+        """These rows in groups of ``size`` consecutive images of the run: how they group depends on no batch."""
+        index = self._index.numpy()
+        present, first, member = np.unique(index // size, return_index=True, return_inverse=True)
+        heads = StepRandom(self._streams, torch.from_numpy(present * size), self._on_device.device)
+        return Groups(heads, *(torch.from_numpy(v) for v in (first, member, index % size)))
 
-class Objective(Protocol):
-    """A training objective: stateless, all schedules pure functions of ``progress``."""
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows that share something.
+
+    Args:
+        random: the numbers of each group's first image, ``g`` rows, whether that image is here or not.
+        first: the first row here of each group, int64 ``[g]``, on the host.
+        member, place: each row's group and its place in it, int64 ``[b]``, on the host.
+    """
+
+    random: StepRandom
+    first: Tensor
+    member: Tensor
+    place: Tensor
+
+
+class Objective:
+    """A training objective: a frozen dataclass, all schedules pure functions of the progress.
+
+    A new one is one file with a frozen dataclass that derives from this class, and one line in ``OBJECTIVES``. Only
+    ``kind`` and ``loss`` are required; the rest has defaults that suit a one-time student without a teacher.
+    """
 
     kind: ClassVar[str]
+    variants: ClassVar[Mapping[str, type[Objective]]] = {}
+    """The registry, for reading a configuration: ``OBJECTIVES`` itself."""
 
-    def loss(self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom) -> LossOutput:
-        """Loss per sample; gradients flow through the student's own pass only."""
-        ...
+    def loss(
+        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
+    ) -> LossOutput:
+        """Loss per sample ``[b]``; gradients flow through the student's own pass (and ``beside.extra``) only."""
+        raise NotImplementedError
 
     def describe(self, progress: Progress) -> dict[str, float]:
-        """Numbers for the progress bar and the log: stage, mean r/t, ..."""
-        ...
+        """Numbers for the progress bar and the log: stage, typical r/t, ..."""
+        return {}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether ``beside.teacher`` is used."""
+        return False
+
+    @property
+    def two_time(self) -> bool:
+        """Whether the student is told its landing time s."""
+        return False
+
+    @property
+    def features(self) -> str | None:
+        """The feature net of a distance in feature space, as ``fewstep eval --features`` names it."""
+        return None
+
+    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+        """How the trained student is sampled, "consistency" or "jump", and noise levels by step count."""
+        return "consistency", {}
+
+    def companions(self) -> tuple[str, ...]:
+        """Names of the frozen copies of the student that :meth:`follow` moves."""
+        return ()
+
+    def follow(self, name: str, progress: Progress, batch_size: int) -> tuple[str, float]:
+        """After the step that ended at ``progress``: which network ("student" or a companion) the companion follows,
+        and the decay beta of ``companion <- beta companion + (1 - beta) followed``; 1 keeps it, 0 copies."""
+        raise NotImplementedError
+
+    def extra(self, student: Denoiser) -> nn.Module | None:
+        """Parameters that are trained beside the student; the trainer seeds their initialisation."""
+        return None
+
+    def prepare(self, student: Denoiser) -> Objective:
+        """Before the first step: refuse what would fail later, and settle choices called "auto"."""
+        return self
 
 
 def to_device(values: Tensor, like: Tensor) -> Tensor:

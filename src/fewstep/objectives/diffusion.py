@@ -8,14 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.objectives.base import LossOutput, StepRandom, to_device
+from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
 from fewstep.penalty import Penalty
 from fewstep.times import Law, Lognormal, draw
 from fewstep.types import Batch, PerSample, Progress
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Objective):
     """``w(t) |D(x_0 + t eps, t) - x_0|^2``, ``w = 1/t^2 + 1/sigma_d^2`` (EDM eq. 2, table 1; math.md 1.3).
 
     Args:
@@ -27,7 +27,9 @@ class Diffusion:
     penalty: Penalty = field(default_factory=lambda: Penalty("squared_l2", "snrpk"))
     kind: ClassVar[str] = "diffusion"
 
-    def loss(self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom) -> LossOutput:
+    def loss(
+        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
+    ) -> LossOutput:
         """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
         t = draw(self.law, random.uniform("times"), student.sigma_min)
         eps = random.normal("noise", batch.x)
@@ -40,6 +42,3 @@ class Diffusion:
         t = to_device(t, x_0)
         x_t = student.process.perturb(x_0, eps, t.to(x_0.dtype))
         return self.penalty(student(x_t, t, cond) - x_0, t, t, student.sigma_data)
-
-    def describe(self, progress: Progress) -> dict[str, float]:
-        return {}

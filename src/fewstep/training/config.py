@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fewstep.ema import AnyEMA, ConstantEMA
 from fewstep.errors import ConfigError
-from fewstep.objectives import ECT, AnyObjective
+from fewstep.objectives import ECT, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,14 @@ class StudentConfig:
     """How the tuned network differs from its teacher.
 
     Args:
+        start: "teacher" copies its weights; "fresh" starts its architecture from seeded weights (cold start).
         dropout: probability in every dropout layer while tuning; None keeps the teacher's.
         dropout_max_resolution: change only layers that act at this resolution or below (EDM2 recipes: 16).
         boundary_shift: of the tuned model at evaluation (ECT's public code: 0.003).
         sampler_times: step count -> noise levels that the tuned model carries ("2": [80, 0.821]).
     """
 
+    start: Literal["teacher", "fresh"] = "teacher"
     dropout: float | None = None
     dropout_max_resolution: int | None = None
     boundary_shift: float = 0.0
@@ -193,7 +195,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    objective: AnyObjective = field(default_factory=ECT)
+    objective: Objective = field(default_factory=ECT)
     optim: OptimConfig = field(default_factory=OptimConfig)
     emas: tuple[AnyEMA, ...] = (ConstantEMA(0.9999),)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -8,14 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.data import Source
-from fewstep.denoiser import Denoiser
 from fewstep.objectives import StepRandom
-from fewstep.process import EDM
 from fewstep.randomness import Streams
-from fewstep.training.config import RunConfig
 from fewstep.training.feed import Feed
-from fewstep.training.trainer import Trainer, autocast, set_dropout
+from fewstep.training.trainer import Trainer, autocast, train_mode
 from fewstep.types import Progress
 from fewstep.world import World
 
@@ -49,28 +45,27 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.averages + self.activations
 
 
-def plan(config: RunConfig, student: Denoiser, source: Source, world: World, *, budget: float = 20.0) -> Plan:
+def plan(trainer: Trainer, *, budget: float = 20.0) -> Plan:
     """Predict memory and time of a run on this machine.
 
     Args:
-        config, student, source, world: as for the trainer; the student is not changed.
+        trainer: of the run; it is trained a little, and useless afterwards.
         budget: seconds to spend on measuring.
     """
-    parameters = [p for p in student.parameters() if p.requires_grad]
+    config, world, student, beside = trainer.config, trainer.world, trainer.student, trainer.beside
     size = sum(p.nbytes for p in student.parameters())
-    trained = sum(p.nbytes for p in parameters)
+    trained = sum(p.nbytes for p in trainer.trained.parameters() if p.requires_grad)
     share = len(world.share(config.batch_size))
     micro = min(config.micro_batch or share, share)
-    student = student.clone().to(world.device)
-    set_dropout(student, config.student)
-    per_image = activation_bytes(config, student, source) / PROBE_IMAGES
-    rate = _measure(config, student, source, world, micro, budget)
-    averages = size * len(config.emas)
+    per_image = activation_bytes(trainer) / PROBE_IMAGES
+    rate = _measure(trainer, micro, budget)
+    averages = size * (len(config.emas) + len(beside.companions))
+    teacher = 0 if beside.teacher is None else sum(p.nbytes for p in beside.teacher.parameters())
     checkpoint = 2 * trained + size + averages
     return Plan(
         parameters=sum(p.numel() for p in student.parameters()),
         steps=config.steps,
-        weights=size,
+        weights=size + teacher,
         gradients=trained,
         optimizer=2 * trained,
         averages=averages,
@@ -83,9 +78,10 @@ def plan(config: RunConfig, student: Denoiser, source: Source, world: World, *, 
     )
 
 
-def activation_bytes(config: RunConfig, student: Denoiser, source: Source) -> int:
+def activation_bytes(trainer: Trainer) -> int:
     """Bytes that autograd keeps for a loss on ``PROBE_IMAGES`` images (each storage once, weights not counted)."""
-    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    config, model = trainer.config, trainer.student
+    weights = {p.untyped_storage().data_ptr() for p in trainer.trained.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -94,36 +90,36 @@ def activation_bytes(config: RunConfig, student: Denoiser, source: Source) -> in
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    model = student.under(EDM())
-    feed = Feed(source, model, config.data, config.seed)
+    feed = Feed(trainer.source, model, config.data, config.seed)
     try:
         batch = feed.batch(range(PROBE_IMAGES))
     finally:
         feed.close()
     random = StepRandom(Streams(config.seed), torch.arange(PROBE_IMAGES), model.device)
-    model.train()
+    train_mode(model)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         autocast(config.precision, model.device),
     ):
-        loss = config.objective.loss(model, batch, Progress(0, config.images), random).per_sample.sum()
+        output = trainer.objective.loss(model, batch, Progress(0, config.images), random, trainer.beside)
+        loss = output.per_sample.sum()
         total = sum(kept.values())
     del loss
     return total
 
 
-def _measure(config: RunConfig, student: Denoiser, source: Source, world: World, micro: int, budget: float) -> float:
+def _measure(trainer: Trainer, micro: int, budget: float) -> float:
     """Images per second of real steps at the end of the schedule, where every row needs its target pass."""
-    small = replace(config, batch_size=micro, micro_batch=None, images=config.images + micro * 1000)
-    alone = World(0, 1, world.device)
-    trainer = Trainer(small, student.clone(), source, alone)
+    config, device = trainer.config, trainer.world.device
+    trainer.config = replace(config, batch_size=micro, micro_batch=None, images=config.images + micro * 1000)
+    trainer.world = World(0, 1, device)
     trainer.images_seen = config.images
     deadline = time.perf_counter() + budget
     times: list[float] = []
     last = time.perf_counter()
     for _ in trainer.steps():
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
         times.append(now - last)
         last = now

@@ -44,7 +44,11 @@ def save_state(trainer: Trainer, run: Path) -> Path:
             write_tensors(directory / "student.safetensors", student.backbone.state_dict())
             for k, average in enumerate(trainer.averages):
                 write_tensors(directory / f"ema-{k}.safetensors", average.backbone.state_dict())
-            write_tensors(directory / "optimizer.safetensors", optimizer_tensors(student.backbone, trainer.optimizer))
+            for name, companion in trainer.beside.companions.items():
+                write_tensors(directory / f"companion-{name}.safetensors", companion.backbone.state_dict())
+            if trainer.beside.extra is not None:
+                write_tensors(directory / "extra.safetensors", trainer.beside.extra.state_dict())
+            write_tensors(directory / "optimizer.safetensors", optimizer_tensors(trainer.trained, trainer.optimizer))
             write_tensors(directory / "sums.safetensors", {"sums": sums})
             write_json(directory / "state.json", _record(trainer))
         save_averages(run, trainer.images_seen, _power_averages(trainer))
@@ -73,8 +77,12 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     load_weights(student.backbone, read_tensors(path / "student.safetensors"), str(path))
     for k, average in enumerate(trainer.averages):
         load_weights(average.backbone, read_tensors(path / f"ema-{k}.safetensors"), str(path))
+    for name, companion in trainer.beside.companions.items():
+        load_weights(companion.backbone, read_tensors(path / f"companion-{name}.safetensors"), str(path))
+    if trainer.beside.extra is not None:
+        load_weights(trainer.beside.extra, read_tensors(path / "extra.safetensors"), str(path))
     optimizer = path / "optimizer.safetensors"
-    restore_optimizer(student.backbone, trainer.optimizer, read_tensors(optimizer), str(optimizer))
+    restore_optimizer(trainer.trained, trainer.optimizer, read_tensors(optimizer), str(optimizer))
     trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
     trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
     return path

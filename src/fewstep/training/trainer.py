@@ -15,7 +15,9 @@ from fewstep import ema
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, NonFiniteError
-from fewstep.objectives import Objective, StepRandom
+from fewstep.objectives import Beside, Objective, StepRandom
+from fewstep.objectives.base import Features
+from fewstep.objectives.bridges import require_teacher
 from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig, StudentConfig
@@ -42,9 +44,22 @@ class Trainer:
         student: the network to train, on ``world.device``; trained under the EDM clock.
         source: the data.
         world: the processes.
+        teacher: the diffusion model to follow, for objectives that need one; frozen here, in eval mode.
+        features: the feature net of the objective's distance, for objectives that have one.
+
+    Raises:
+        ConfigError: the objective needs a teacher and there is none, or the network cannot do what it asks for.
     """
 
-    def __init__(self, config: RunConfig, student: Denoiser, source: Source, world: World) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        student: Denoiser,
+        source: Source,
+        world: World,
+        teacher: Denoiser | None = None,
+        features: Features | None = None,
+    ) -> None:
         world.share(config.batch_size)  # refuses here, before anything is written
         self.config, self.world, self.source = config, world, source
         self.student = student.under(EDM())
@@ -52,17 +67,32 @@ class Trainer:
         set_dropout(self.student, config.student)
         for parameter in unused_parameters(self.student):
             parameter.requires_grad_(False)
+        self.objective = config.objective.prepare(self.student)
         self.averages = [_frozen_copy(self.student) for _ in config.emas]
-        self.optimizer = make_optimizer(self.student, config.optim)
+        self.beside = self._company(teacher, features)
+        self.trained = trained_parts(self.student, self.beside.extra)
+        self.optimizer = make_optimizer(self.trained, config.optim)
         self.images_seen = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
         """Since the last log row: loss, gradient norm, and how many of either were not finite."""
         self.summed_steps = 0
         self._streams = Streams(config.seed)
-        self._module = _LossModule(self.student, config.objective)
+        self._module = _LossModule(self.student, self.objective, self.beside)
         self._wrapped: nn.Module = self._module
         if world.size > 1:
             self._wrapped = DistributedDataParallel(self._module, broadcast_buffers=False)
+
+    def _company(self, teacher: Denoiser | None, features: Features | None) -> Beside:
+        """The networks beside the student, on its device."""
+        device, objective = self.world.device, self.objective
+        frozen = None
+        if objective.needs_teacher:
+            frozen = _frozen_copy(require_teacher(teacher)).to(device).under(EDM())
+        companions = {name: _frozen_copy(self.student) for name in objective.companions()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            extra = objective.extra(self.student)
+        return Beside(frozen, companions, None if extra is None else extra.to(device), features)
 
     @property
     def progress(self) -> Progress:
@@ -85,28 +115,38 @@ class Trainer:
         lr = learning_rate(config.optim, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        _train_mode(self.student)
+        self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(feed, start, progress)
         if self.world.size > 1:
-            _require_gradients(self.student)
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+            _require_gradients(self.trained)
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         if config.optim.guard != "stop":
             sanitise(gradients, infinity=1e5 if config.optim.guard == "clamp" else 0.0)
         norm = torch.nn.utils.get_total_norm(gradients)
         if config.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.student.parameters()), config.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.trained.parameters()), config.optim.clip, norm)
         self.optimizer.step()
         self.images_seen += config.batch_size
-        for law, average in zip(config.emas, self.averages, strict=True):
-            beta = law.decay(self.images_seen, config.batch_size)
-            ema.update(average.parameters(), self.student.parameters(), beta)
-            for mine, theirs in zip(average.buffers(), self.student.buffers(), strict=True):
-                mine.copy_(theirs)  # buffers are copied, not averaged
+        self._average()
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         self.sums += torch.stack((loss, norm, bad.to(loss.dtype))).double()
         self.summed_steps += 1
-        return StepReport(self.progress, lr, config.objective.describe(progress))
+        return StepReport(self.progress, lr, self.objective.describe(progress))
+
+    def _average(self) -> None:
+        """Move the averages and the companions after a step; in the objective's order, so that chains are defined."""
+        size = self.config.batch_size
+        for law, average in zip(self.config.emas, self.averages, strict=True):
+            _follow(average, self.student, law.decay(self.images_seen, size))
+        for name, companion in self.beside.companions.items():
+            followed, beta = self.objective.follow(name, self.progress, size)
+            _follow(companion, self.student if followed == "student" else self.beside.companions[followed], beta)
+
+    def _train_mode(self) -> None:
+        """Training mode (dropout on) for the student and its companions: they share their dropout masks."""
+        for network in (self.student, *self.beside.companions.values()):
+            train_mode(network)
 
     def _backward(self, feed: Feed, start: int, progress: Progress) -> Tensor:
         """Accumulate gradients over this process's share of the global batch; mean loss of the share."""
@@ -163,12 +203,19 @@ class Trainer:
 class _LossModule(nn.Module):
     """The loss as a module, so that DistributedDataParallel sees one forward pass."""
 
-    def __init__(self, student: Denoiser, objective: Objective) -> None:
+    def __init__(self, student: Denoiser, objective: Objective, beside: Beside) -> None:
         super().__init__()
-        self.student, self._objective = student, objective
+        self.student, self.extra = student, beside.extra
+        self._objective, self._beside = objective, beside
 
     def forward(self, batch: Batch, progress: Progress, random: StepRandom) -> Tensor:
-        return self._objective.loss(self.student, batch, progress, random).per_sample
+        return self._objective.loss(self.student, batch, progress, random, self._beside).per_sample
+
+
+def trained_parts(student: Denoiser, extra: nn.Module | None) -> nn.Module:
+    """Everything with gradients, as one module: ``backbone`` and, where the objective has its own, ``extra``."""
+    parts = {"backbone": student.backbone}
+    return nn.ModuleDict(parts if extra is None else parts | {"extra": extra})
 
 
 def set_dropout(module: nn.Module, config: StudentConfig) -> None:
@@ -197,9 +244,9 @@ def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
         yield from augment.parameters()
 
 
-def _require_gradients(student: Denoiser) -> None:
+def _require_gradients(trained: nn.Module) -> None:
     """Several processes wait for every gradient: name the parameters that get none."""
-    idle = [name for name, p in student.named_parameters() if p.requires_grad and p.grad is None]
+    idle = [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         raise ConfigError(
             "Some parameters take no part in the loss, which training on several processes does not allow",
@@ -208,13 +255,13 @@ def _require_gradients(student: Denoiser) -> None:
         )
 
 
-def _train_mode(student: Denoiser) -> None:
+def train_mode(network: Denoiser) -> None:
     """Training mode (dropout on), except for batch normalisation, which keeps its statistics.
 
     Two passes per step, over different rows, would mix their statistics in.
     """
-    student.train()
-    for layer in student.modules():
+    network.train()
+    for layer in network.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
 
@@ -235,6 +282,16 @@ def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
 
 def _frozen_copy(student: Denoiser) -> Denoiser:
     return student.clone().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _follow(follower: Denoiser, followed: Denoiser, beta: float) -> None:
+    """``follower <- beta follower + (1 - beta) followed``; buffers are copied, not averaged."""
+    if beta == 1:
+        return
+    ema.update(follower.parameters(), followed.parameters(), beta)
+    for mine, theirs in zip(follower.buffers(), followed.buffers(), strict=True):
+        mine.copy_(theirs)
 
 
 def _agree(student: Denoiser, world: World) -> None:
