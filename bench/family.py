@@ -6,7 +6,7 @@
 
 `run` pretrains the teacher if `work/teacher` does not exist, then trains every (entry, seed) that has no row in
 `work/rows.jsonl` yet, each in a process of its own, and measures it. Several `run` may work on one folder at the same
-time; an interrupted one is continued by starting it again. `--only ect,cd` restricts it, `--images 24000` is the
+time; an interrupted one is continued by starting it again. `--only ect,cd` restricts it, `--images 25600` is the
 training length. The comparison itself is in bench/family_entries.py.
 """
 
@@ -53,7 +53,9 @@ def main() -> None:
         for name in arguments.only.split(",") if arguments.only else ENTRIES:
             if claim(arguments.work, name, seed, arguments.images):
                 start = time.perf_counter()
-                code = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name, "--seed", str(seed)]).returncode
+                code = subprocess.run(
+                    [sys.executable, __file__, *sys.argv[1:], "--one", name, "--seed", str(seed)]
+                ).returncode
                 print(f"{name} seed {seed}: exit {code}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data")
-    parser.add_argument("--images", type=int, default=24_000, help="training images of every entry")
+    parser.add_argument("--images", type=int, default=25_600, help="training images of every entry")
     parser.add_argument("--samples", type=int, default=1_000, help="behind every number")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of entries, separated by commas")
@@ -155,7 +157,13 @@ def open_data(arguments: argparse.Namespace) -> tuple[Source, Reference]:
 def measured(model: Denoiser, reference: Reference, steps: Any, samples: int, solver: str) -> list[dict[str, Any]]:
     """Fréchet distance, precision and recall with 95 % intervals; sample i always starts from the same noise."""
     result = evaluate(
-        model, reference, steps=tuple(steps), solver=solver, samples=samples, seed=1000, metrics=("fd", "precision", "recall")
+        model,
+        reference,
+        steps=tuple(steps),
+        solver=solver,
+        samples=samples,
+        seed=1000,
+        metrics=("fd", "precision", "recall"),
     )
     keep = ("steps", "nfe", "metrics", "intervals", "samples_per_second")
     return [{key: row[key] for key in keep} for row in result["rows"]]

@@ -14,7 +14,7 @@ TEACHER = {
 COMMON = {
     "data.resize": 16, "batch_size": 64, "precision": "bf16", "eval.samples": 0, "output.sample_images": 0,
     "output.keep": 99, "output.checkpoint_images": 10**9, "output.log_images": 3_200,
-    "optim.name": "radam", "optim.lr": 4e-4, "optim.schedule": "constant",
+    "optim.name": "radam", "optim.lr": 1e-3, "optim.schedule": "constant",
     "emas": [{"kind": "constant", "beta": 0.99}],
 }  # fmt: skip
 """The same for all: optimiser, learning rate, average. N stands for the number of training images."""
@@ -83,7 +83,11 @@ def scaled(overrides: dict[str, Any], images: int, work: Path) -> dict[str, Any]
 
 ECT_PAIRS = {key.replace("objective.", "objective.pairing."): value for key, value in ECT.items() if "schedule" in key}
 SOFT = {"objective.penalty.distance": "l2", "objective.penalty.weight": "dt", "objective.penalty.c": 0.0}
-DIAL = {"objective.segments": [1, 2, 4, 8], "objective.pairing.kind": "ect"} | ECT_PAIRS | SOFT
+DIAL = (
+    {"objective.segments": [1, 2, 4, 8], "objective.pairing.kind": "ect", "objective.pairing.schedule.kind": "stages"}
+    | ECT_PAIRS
+    | SOFT
+)
 HEUN = {"objective.step.kind": "heun"}
 
 ENTRIES: dict[str, Entry] = {
@@ -105,10 +109,10 @@ ENTRIES: dict[str, Entry] = {
     "meanflow-teacher": one("objective", "meanflow", {"objective.velocity": "teacher"}),
     "ctm": one("objective", "ctm", {}),
     # levers on plain ECT, one at a time
-    "ect+continuous": lever(
-        objective__schedule__kind="continuous", objective__schedule__q=2.0, objective__schedule__images="N/4",
-        objective__schedule__limit=16.0,
-    ),
+    "ect+continuous": one("lever", "ect", {k: v for k, v in ECT.items() if "schedule" not in k} | {
+        "objective.schedule.kind": "continuous", "objective.schedule.q": 2, "objective.schedule.images": "N/4",
+        "objective.schedule.limit": 16,
+    }),
     "ect+adaptive": lever(objective__adaptive={}),
     "ect+reference": lever(objective__bridge__kind="reference"),
     "ect+ot": lever(objective__levers__coupling__kind="ot"),
@@ -123,7 +127,7 @@ ENTRIES: dict[str, Entry] = {
                                       {"kind": "power", "std": 0.1}]}),),
         weights=("ema-1", "ema-2", "std=0.07"),
     ),
-    "cmt, then ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", ECT, 0.5))),
+    "cmt-then-ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", ECT | {"objective.schedule.q": 16, "objective.schedule.first": 0, "objective.schedule.last": 0}, 0.5))),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),
     "warm-immediate": tightening("teacher", immediate=True),

@@ -40,7 +40,9 @@ def table(head: str, group: str, images: int, rows: list[dict[str, Any]]) -> Non
     if len(by_entry) < 2:
         return
     print(f"### {head}, {images:,} images\n")
-    print("| entry | seeds | 1 step | 2 steps | 4 steps | 8 steps | seconds | peak MiB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| entry | seeds | 1 step | 2 steps | 4 steps | 8 steps | seconds | peak MiB |\n|---|---|---|---|---|---|---|---|"
+    )
     for entry in sorted(by_entry, key=lambda e: list(ENTRIES).index(e)):
         for weights in (None, *ENTRIES[entry].weights):
             print(line(entry, weights, by_entry[entry]))
@@ -48,7 +50,9 @@ def table(head: str, group: str, images: int, rows: list[dict[str, Any]]) -> Non
 
 
 def line(entry: str, weights: str | None, rows: list[dict[str, Any]]) -> str:
-    cells = [cell([r for row in rows for r in row["rows"] if r["steps"] == n and r.get("weights") == weights]) for n in STEPS]
+    cells = [
+        cell([r for row in rows for r in row["rows"] if r["steps"] == n and r.get("weights") == weights]) for n in STEPS
+    ]
     seconds = statistics.mean(row["seconds"] for row in rows)
     peak = max(row["peak_mib"] for row in rows)
     name = entry if weights is None else f"{entry}, {weights}"
@@ -74,7 +78,9 @@ def curves(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for point in row["curve"]:
             found[row["entry"], point["images"]] += point["rows"]
-    for (entry, images), points in sorted(found.items(), key=lambda item: (list(ENTRIES).index(item[0][0]), item[0][1])):
+    for (entry, images), points in sorted(
+        found.items(), key=lambda item: (list(ENTRIES).index(item[0][0]), item[0][1])
+    ):
         cells = [cell([p for p in points if p["steps"] == n]) for n in (1, 2)]
         print(f"| {entry} | {images:,} | {' | '.join(cells)} |")
     print()

@@ -44,7 +44,9 @@ def open_fashion_net(path: Path) -> FeatureNet:
     net = FashionNet()
     net.load_state_dict(load_file(path))
     net.eval().requires_grad_(False)
-    return FeatureNet("FashionNet16", WIDTH, file_hash(path), image_extractor("FashionNet16", net, channels=1, side=SIDE))
+    return FeatureNet(
+        "FashionNet16", WIDTH, file_hash(path), image_extractor("FashionNet16", net, channels=1, side=SIDE)
+    )
 
 
 def images_of(data: str, split: str) -> tuple[Tensor, Tensor]:
@@ -78,7 +80,10 @@ def main() -> None:
     net.eval()
     x, y = images_of(arguments.data, "test")
     with torch.no_grad():
-        right = sum(int((net.head(net(a.float() / 127.5 - 1)).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
+        right = sum(
+            int((net.head(net(a.float() / 127.5 - 1)).argmax(1) == b).sum())
+            for a, b in zip(x.split(500), y.split(500), strict=True)
+        )
     save_file(net.state_dict(), arguments.out)
     print(f"accuracy on the {len(x):,} test images: {right / len(x):.4f}; written: {arguments.out}")
 

@@ -93,9 +93,11 @@ def commit_sample(
         seed, cond, batch_size, first: as in :func:`fewstep.sampling.sample`, with the same noise.
 
     Raises:
-        ConfigError: a sampler with fresh noise, an unknown solver or rule, or numbers that cannot be used.
+        ConfigError: a sampler with fresh noise, an unknown solver or rule, or numbers that cannot be used; a student
+            that jumps.
     """
     _check(solver, rule, tol, probes)
+    require_end(denoiser)
     if times is not None:
         grid = [*check_times(times, denoiser), 0.0]
     elif solver == "multistep":
@@ -113,6 +115,20 @@ def commit_sample(
 
     samples = in_batches(run, denoiser, n, seed, cond, None, batch_size, first)
     return Committed(samples, torch.cat(counts), torch.cat(levels))
+
+
+def require_end(denoiser: Denoiser) -> None:
+    """Refuse a student that jumps from level to level: its output is no estimate of the end of its trajectory.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if denoiser.sampler == "jump":
+        raise ConfigError(
+            "This student jumps from level to level: what its network returns aims at where it lands, not at the end"
+            " of the trajectory, so a chain of it can neither stop early nor be another sampler's",
+            do="Draw from it without --sampler and --commit",
+        )
 
 
 def default_probes(shape: tuple[int, ...]) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from fewstep.backbones import build
-from fewstep.backbones.two_time import with_landing
 from fewstep.checkpoint.model import load
 from fewstep.checkpoint.store import write_text
 from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
@@ -28,11 +27,12 @@ from fewstep.objectives import OBJECTIVES
 from fewstep.process import EDM
 from fewstep.recipes import default_recipe
 from fewstep.recipes import recipe as named_recipe
-from fewstep.sampling import check_times
 from fewstep.training.config import DataConfig, RunConfig
+from fewstep.training.feature_space import open_differentiable
 from fewstep.training.finish import finish
 from fewstep.training.loop import Watcher, stopping_at_once, train
 from fewstep.training.state import restore_state
+from fewstep.training.student import equip, make_student
 from fewstep.training.trainer import Trainer
 from fewstep.world import World
 
@@ -251,40 +251,7 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
         sigma_max=config.model.sigma_max,
         spec=spec,
     )
-    return _equip(network, config)
-
-
-def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
-    """An independent copy of the teacher (or its network with fresh weights), prepared as the configuration asks."""
-    student = teacher.clone()
-    if config.student.start == "fresh":
-        student.backbone = _fresh(teacher, config.seed)
-    if not any(p.requires_grad for p in student.parameters()):
-        student.requires_grad_(True)
-    if config.student.boundary_shift:
-        shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
-        student = student.with_parametrization(shifted)
-    return _equip(student, config)
-
-
-def _fresh(teacher: Denoiser, seed: int) -> torch.nn.Module:
-    """The teacher's architecture with weights of its own, seeded."""
-    if teacher.spec is None:
-        raise ConfigError(
-            "A network of your own cannot be started afresh", got="student.start=fresh", do="Give it with fresh weights"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(teacher.spec).to(teacher.device)
-
-
-def _equip(student: Denoiser, config: RunConfig) -> Denoiser:
-    """The landing time and the sampler that the objective trains for, and the configured sampling times."""
-    if config.objective.two_time:
-        student = with_landing(student, seed=config.seed)
-    student.sampler, times = config.objective.sampler(student)
-    student.sampler_times = (times or student.sampler_times) | _sampler_times(config, student)
-    return student
+    return equip(network, config)
 
 
 def make_trainer(
@@ -293,29 +260,8 @@ def make_trainer(
     """A trainer with the networks that the objective needs beside the student."""
     features = None
     if config.objective.features is not None:
-        from fewstep.training.feature_space import open_differentiable
-
         features = open_differentiable(config.objective.features)
     return Trainer(config, student.to(world.device), source, world, teacher, features)
-
-
-def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[float, ...]]:
-    """``student.sampler_times`` by step count, as many decreasing noise levels as steps."""
-    found = {}
-    for steps, times in config.student.sampler_times.items():
-        try:
-            levels = check_times([float(t) for t in times], student)
-            fits = len(levels) == int(steps)
-        except (TypeError, ValueError, ConfigError):
-            fits = False
-        if not fits:
-            raise ConfigError(
-                "'student.sampler_times' does not give one noise level per step",
-                got=f"{steps}: {times}",
-                want="decreasing levels, for example {2: [80, 0.8], 4: [80, 10, 2, 0.5]}",
-            )
-        found[int(steps)] = tuple(levels)
-    return found
 
 
 def check_fit(model: Denoiser, source: Source) -> None:

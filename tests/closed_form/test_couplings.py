@@ -179,6 +179,16 @@ def test_the_image_encoder_sees_all_of_a_16_pixel_image_from_its_middle() -> Non
     assert x.grad is not None and (x.grad != 0).all()
 
 
+def test_the_encoder_sees_data_in_units_of_its_spread() -> None:
+    """The same weights give the same law for data twice as wide that is known to be so."""
+    student, x_0 = points_student(), 0.5 * normal(6, 2, seed=2)
+    encoder = trained_encoder(student)
+    wide = NoiseEncoder((2,), 8, 1.0).double()
+    wide.load_state_dict(encoder.state_dict())
+    for a, b in zip(encoder(x_0), wide(2 * x_0), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_couplings_come_back_from_their_description() -> None:
     for coupling in (Independent(), OptimalTransport(), Learned(kl=0.5, width=7)):
         levers = Levers(coupling=coupling)

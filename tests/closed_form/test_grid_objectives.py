@@ -1,7 +1,8 @@
-"""CT, iCT, CD and ECD: their invariants and the fixed points of math.md 7.2, driven through the objectives themselves."""
+"""CT, iCT, CD and ECD: invariants, and the fixed points of math.md 7.2 found through the objectives themselves."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,12 +126,14 @@ def test_an_ict_step_draws_what_its_parts_say() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- CT
-def test_ct_compares_with_its_companion() -> None:
+@pytest.mark.parametrize("weight", ["one", "dt"])
+def test_ct_compares_with_its_companion(weight: str) -> None:
     """Value and gradient; the target network and the student's second pass get none."""
     student, target, (x_0, t, r, eps) = network(), network(1), setting()
-    loss = CT().loss_at(student, x_0, t, r, eps, beside=Beside(companions={"target": target}))
+    objective = CT() if weight == "one" else CT(penalty=Penalty("squared_l2", "dt"))
+    loss = objective.loss_at(student, x_0, t, r, eps, beside=Beside(companions={"target": target}))
     goal = torch.where(r[:, None] > 0, target(x_0 + r[:, None] * eps, r), x_0).detach()
-    want = (student(x_0 + t[:, None] * eps, t) - goal).square().sum(1)
+    want = (student(x_0 + t[:, None] * eps, t) - goal).square().sum(1) * (1 if weight == "one" else 1 / (t - r))
     close(loss, want)
     close(gradient(student, loss.mean()), gradient(student, want.mean()))
     assert not any(p.grad is not None for p in target.parameters())
@@ -176,7 +179,7 @@ def test_ct_is_cd_with_a_teacher_that_knows_x_0() -> None:
 
 # -------------------------------------------------------------------------------------------- CD, ECD
 def test_cds_targets() -> None:
-    """"ema" compares with the companion, "student" with the student; both from the teacher's Heun step."""
+    """ "ema" compares with the companion, "student" with the student; both from the teacher's Heun step."""
     law = Gaussian.random(SIZE, seed=3)
     teacher = as_denoiser(law.denoise, SIZE)
     student, target, (x_0, t, r, eps) = network(), network(1), setting()
@@ -191,6 +194,8 @@ def test_cds_targets() -> None:
         want = (student(x_t, t) - goal).square().sum(1)
         loss = CD(target=name).loss_at(student, x_0, t, r, eps, beside=beside)  # type: ignore[arg-type]
         close(loss, want, 1e-10)
+        weighed = CD(target=name, penalty=Penalty("squared_l2", "dt"))  # type: ignore[arg-type]
+        close(weighed.loss_at(student, x_0, t, r, eps, beside=beside), want / (t - r), 1e-10)
         close(gradient(student, loss.mean()), gradient(student, want.mean()), 1e-9)
     assert (CD().companions(), CD(target="student").companions()) == (("target",), ())
     assert CD().follow("target", Progress(64, 100), 64) == ("student", 0.95)
@@ -325,7 +330,7 @@ def test_guidance_one_is_the_same_bits_at_the_same_cost() -> None:
 
 
 def test_guided_heun_step_guides_both_evaluations() -> None:
-    """With the same variance for all, the guided field is the Gaussian's of mean m_u + w (m_c - m_u): exact to order 3."""
+    """With one variance for all, the guided field is that of the mean m_u + w (m_c - m_u); the error is O(dt^3)."""
     x_0, eps, t, _, cond = labelled(3)
     mean = Classes.means[2] + 2.0 * (cond @ Classes.means[:2] - Classes.means[2])
     errors = []
@@ -454,7 +459,7 @@ def mixture_error(law: Mixture, objective: CT | CD, delta: float, top: float = 3
     teacher = as_denoiser(law.denoise)
     ends = [as_denoiser(lambda x, now, v=v: torch.full_like(x, v)) for v in (1.0, -1.0)]
     f: Callable[[Tensor, Tensor], Tensor] = lambda x, now: law.denoise(x, low)  # noqa: E731
-    for r, t in zip(chain[:-1], chain[1:], strict=True):
+    for r, t in itertools.pairwise(chain):
         x = torch.linspace(-2.5 - 5 * t, 2.5 + 5 * t, 801, dtype=torch.float64)
         x_0, weights = posterior(law, x, t) if isinstance(objective, CT) else (x[:, None], torch.ones(801, 1))
         rows = x_0.reshape(-1, 1)
@@ -484,7 +489,7 @@ def test_fixed_points_on_mixtures(kind: str, name: str) -> None:
     """The RMS errors of math.md 7.2 at delta = 1/4, 1/8, 1/16: falling, but slowly where modes are separate."""
     objective = CT() if name == "ct" else CD(bridge=TeacherStep(name))  # type: ignore[arg-type]
     got = [mixture_error(mixture(kind), objective, delta) for delta in (1 / 4, 1 / 8, 1 / 16)]
-    ratios = [a / b for a, b in zip(got[:-1], got[1:], strict=True)]
+    ratios = [a / b for a, b in itertools.pairwise(got)]
     if name == "heun":
         assert all(ratio > 3 for ratio in ratios)
         assert got[:2] == pytest.approx(MIXTURES[kind, name][:2], rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,7 +122,7 @@ def test_the_target_is_equation_3_4(method: Any, bound: float) -> None:
 
 
 def test_the_loss_is_the_adaptive_square_of_the_velocities() -> None:
-    """``E/(E + c)^p``, E the sum of squares, with the gradient ``2 (du)^T e/(E + c)^p`` and nothing through the target."""
+    """``E/(E + c)^p``, E the sum of squares; gradient ``2 (du)^T e/(E + c)^p``, nothing through the target."""
     student = network()
     x_0, eps, x_t = rows()
     _, want = by_definition(student, x_t, x_0)
@@ -260,7 +261,7 @@ def test_the_samplers_levels_are_even_in_tau() -> None:
     for steps, ts in levels.items():
         assert ts[0] == pytest.approx(80)
         taus = [t / (1 + t) for t in ts] + [0]
-        assert [a - b for a, b in zip(taus, taus[1:], strict=False)] == pytest.approx([80 / 81 / steps] * steps)
+        assert [a - b for a, b in itertools.pairwise(taus)] == pytest.approx([80 / 81 / steps] * steps)
 
 
 # ------------------------------------------------------------------------------------- times

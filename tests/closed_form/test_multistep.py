@@ -182,9 +182,7 @@ def residual(objective: Multistep, part: float, t: float = 3.0, s: float = 1.0) 
     return objective.loss_at(EXACT, x_0, clocks, eps, beside=Beside(TEACHER)).detach()
 
 
-@pytest.mark.parametrize(
-    ("leg", "order"), [(Heun(), 3), (AdjustedDDIM(eta=0.0), 2), (AdjustedDDIM(), 2), (Ray(), 1)]
-)
+@pytest.mark.parametrize(("leg", "order"), [(Heun(), 3), (AdjustedDDIM(eta=0.0), 2), (AdjustedDDIM(), 2), (Ray(), 1)])
 @pytest.mark.parametrize("s", [0.0, 1.0])
 def test_the_exact_student_pays_the_steps_local_error(leg: Leg, order: int, s: float) -> None:
     """Heun O(gap^3), Euler and aDDIM O(gap^2), the data's ray O(gap) (and 0 only in the mean)."""
@@ -227,8 +225,8 @@ def test_a_student_that_is_not_told_knows_its_own_edges_only() -> None:
 
 # ------------------------------------------------------------------------------ several step counts
 def test_each_row_lands_on_its_own_edge() -> None:
-    """At the same t, a row's loss is that of an objective with its count alone, and the network is told its s."""
-    t = torch.full((4,), 7.0, dtype=torch.float64)
+    """At the same t, rows differ by their count alone: the network is told each row's s, in both passes."""
+    t = torch.full((4,), 70.0, dtype=torch.float64)
     counts = torch.tensor([1, 2, 4, 8])
     x_0, eps = normal(4, SIZE, seed=1), normal(4, SIZE, seed=2)
     network = student(two_time=True)

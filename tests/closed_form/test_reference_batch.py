@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from oracles import Gaussian, PointMasses, as_denoiser
@@ -47,7 +49,7 @@ def test_unbiased_with_the_own_image_and_biased_without() -> None:
     """Three points, batches of two, every batch enumerated: the mean over what made x_t is D to the last bits."""
     points, weights = torch.tensor([[-1.0], [0.2], [1.5]], dtype=torch.float64), torch.tensor([0.2, 0.5, 0.3])
     law = PointMasses(points, weights.double())
-    x, t = torch.tensor([[0.4]], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
+    x, t = torch.tensor([[1.4]], dtype=torch.float64), torch.tensor([0.8], dtype=torch.float64)
     likelihood = (-(x - points).square()[:, 0] / (2 * t**2)).exp() * weights
     own = likelihood / likelihood.sum()
     total, without = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -59,11 +61,11 @@ def test_unbiased_with_the_own_image_and_biased_without() -> None:
             without += chance * batch[1]
     want = law.denoise(x, t)[0]
     torch.testing.assert_close(total, want, rtol=1e-7, atol=1e-7)
-    assert abs(float(without - want)) > 0.05
+    assert abs(float(without - want)) > 0.3
 
 
 def test_the_error_falls_with_the_batch() -> None:
-    """Mean square distance to D at t = 1, N(0, 1/4): the ray pays lam t^2/(lam + t^2) = 0.2; b = 256 below a tenth of it."""
+    """Mean square distance to D at t = 1, N(0, 1/4): the ray pays lam t^2/(lam + t^2) = 0.2."""
     law, errors = Gaussian.white(0.25, 2), []
     for size in (1, 4, 16, 64, 256):
         x_0, t = 0.5 * normal(2048, 2, seed=3), torch.ones(size, dtype=torch.float64)
@@ -72,7 +74,7 @@ def test_the_error_falls_with_the_batch() -> None:
         mean = torch.cat([a + posterior_shift(a, b, t, None) for a, b in parts])
         errors.append(float((mean - law.denoise(x_t, 1.0)).square().mean()))
     assert errors[0] == pytest.approx(0.2, rel=0.06)
-    assert all(fine < 0.6 * coarse for coarse, fine in zip(errors[:-1], errors[1:], strict=True)), errors
+    assert all(fine < 0.6 * coarse for coarse, fine in itertools.pairwise(errors)), errors
     assert errors[-1] < errors[0] / 50
 
 
@@ -94,15 +96,19 @@ def test_only_rows_of_the_same_label_count() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float32_agrees_with_float64_at_every_noise_level(autocast: bool) -> None:
-    """3072 dimensions from t = 0.002 to 80: x_r to 1e-5 of the ray's length, also inside bf16 autocast."""
+    """3072 dimensions from t = 0.002 to 80: x_r to 1e-5 of its length where r > 0, and the mean alone (r = 0) to 2e-3,
+    since |x_t - x|^2/2t^2 is d/2 = 1536 give or take 1e-4; also inside bf16 autocast."""
     x_0, eps, t = 0.5 * normal(16, 3, 32, 32), normal(16, 3, 32, 32, seed=1), torch.logspace(-2.7, 1.9, 16).double()
-    x_0[8:] = x_0[:8] + 0.003 * normal(8, 3, 32, 32, seed=2)  # near twins: the weights are not 0 and 1
+    twins = 2 * t[:8] / 3072**0.5  # at distance 2t: the weights are neither 0 nor 1 at small t
+    x_0[8:] = x_0[:8] + twins[:, None, None, None] * normal(8, 3, 32, 32, seed=2)
     want = carried(pair_of(x_0, eps, t))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         got = carried(pair_of(x_0.float(), eps.float(), t))
     assert got.dtype == torch.float32
     error = (got - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
-    assert float(error.max()) < 1e-5
+    clean = torch.arange(16) % 3 == 2
+    assert float(error[~clean].max()) < 1e-5
+    assert float(error[clean].max()) < 2e-3
     shift = want - DataRay()(pair_of(x_0, eps, t), want, None)
     assert float(shift.abs().max()) > 1e-3  # there is something to get wrong
 

@@ -307,7 +307,6 @@ def test_the_share_of_target_passes_is_the_published_one() -> None:
         skipped = scipy.stats.norm.cdf((math.log(edge) + 1.1) / 2.0)
         assert target_share(ratio_of_one(q), 1000) == pytest.approx(1 - skipped, abs=2e-4)
     assert target_share(ratio_of_one(256.0), 1000) == 1.0
-    assert target_share(Diffusion(), 1000) == 0.0
 
 
 def test_the_share_is_the_mean_over_the_schedule() -> None:

@@ -324,7 +324,7 @@ def test_one_pass_with_gradient_and_the_derivative_under_the_same_mask() -> None
     """The value depends on the mask; the masks of the derivative are those of the student's own pass."""
     backbone = Passes()
     student = Denoiser(backbone, EDM(), Parametrization("edm"), sample_shape=(SIZE,)).train()
-    x_0, eps, t, x_t = rows()
+    x_0, eps, t, _ = rows()
     losses = {}
     for method in ("jvp", "finite"):
         backbone.with_gradient.clear()
@@ -372,6 +372,6 @@ def test_configuration() -> None:
     assert isinstance(SCM().extra(student), LearnedWeight)
     assert made.extra(student) is None
     assert SCM().extra(student).coefficients.dtype == torch.float64
-    for bad in ({"warmup_images": -1}, {"c": -0.1}):
+    for bad in ({"warmup_images": -1}, {"c": 0.0}):
         with pytest.raises(ConfigError, match="sCM needs"):
             SCM(**bad)

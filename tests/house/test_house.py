@@ -17,6 +17,7 @@ import pytest
 
 import fewstep
 from fewstep.cli import app
+from fewstep.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "fewstep"
@@ -26,6 +27,11 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST_FILE, LONGEST_BODY = 400, 60
 UNDOCUMENTED = {"forward", "render"}
 """Methods whose contract is torch's or rich's."""
+SHARED = (
+    "base", "pairs", "two_point", "bridges", "aims",
+    "levers", "anchor", "couplings", "feature_distance", "adaptive",
+)  # fmt: skip
+"""Modules that objectives are made of; all others in that folder are objectives, one each."""
 
 
 def functions(tree: ast.AST) -> Iterator[Function]:
@@ -124,11 +130,18 @@ def test_only_training_and_the_world_know_of_other_processes() -> None:
 
 
 def test_no_objective_imports_another() -> None:
-    methods = {Path(name).stem for name in TREES if name.startswith("objectives/")} - {"__init__", "base"}
-    assert len(methods) >= 2
-    for method in methods:
-        used = set(imports(TREES[f"objectives/{method}.py"]))
-        assert not {u for u in used for other in methods - {method} if u.startswith(f"fewstep.objectives.{other}")}
+    """Every module beside them is either one objective of the registry or named in SHARED."""
+    methods = {objective.__module__.rpartition(".")[2] for objective in OBJECTIVES.values()}
+    modules = {Path(name).stem for name in TREES if name.startswith("objectives/")} - {"__init__"}
+    assert len(methods) == len(OBJECTIVES), "one file each"
+    assert modules - methods == set(SHARED)
+    for module in modules:
+        used = {".".join(name.split(".")[:3]) for name in imports(TREES[f"objectives/{module}.py"])}
+        assert not used & {f"fewstep.objectives.{other}" for other in methods - {module}}, module
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / ".importlinter")
+    listed = parser["importlinter:contract:objectives"]["modules"].split()
+    assert sorted(listed) == sorted(f"fewstep.objectives.{method}" for method in methods)
 
 
 def rooms() -> list[list[str]]:

@@ -96,7 +96,8 @@ def test_derivatives_that_do_not_exist_are_refused_at_the_start(tiny_path: Path,
         "        super().__init__(); self.layer = torch.nn.Conv2d(1, 1, 3, padding=1)\n"
         "    def forward(self, x, t): return Swish.apply(self.layer(x))\n"
         "def teacher():\n"
-        "    return fewstep.Denoiser.from_module(Net(), process=fewstep.EDM(), prediction='eps', sample_shape=(1, 8, 8))\n"
+        "    process, shape = fewstep.EDM(), (1, 8, 8)\n"
+        "    return fewstep.Denoiser.from_module(Net(), process=process, prediction='eps', sample_shape=shape)\n"
     )
     sources = str(Path(__file__).resolve().parents[2] / "src")
     command = [sys.executable, "-m", "fewstep", "tune", f"{file}:teacher", "--data", "digits", "--quiet"]

@@ -126,8 +126,8 @@ def test_missing_settings_take_their_defaults() -> None:
             "no setting 'objective.law.sdt'. Did you mean 'std'?",
         ),
         (
-            {"objective": {"kind": "etc"}},
-            "'objective.kind' is not one of its choices. Got: etc. Did you mean 'ect'?",
+            {"objective": {"kind": "eect"}},
+            "'objective.kind' is not one of its choices. Got: eect. Did you mean 'ect'?",
         ),
         ({"objective": {"law": {}}}, "'objective.kind' is not one of its choices"),
         (

@@ -28,6 +28,7 @@ from fewstep.training.transform_net import (
     save_transform_net,
     train_transform_net,
     transform,
+    validate,
 )
 
 WEIGHED = Penalty(distance="l2", weight="dt")
@@ -172,9 +173,9 @@ def test_label_0_changes_nothing_and_each_label_does_its_own() -> None:
 
 
 def test_geometry_by_the_moments_of_a_spot() -> None:
-    """Turning, scaling and shearing move the centre of a spot as the matrix ``scale * R(angle) * shear`` says."""
+    """The centre of a spot is turned and scaled, then sheared; also all at once."""
     side, at = 64, (torch.arange(64) + 0.5) / 32 - 1
-    right, down = 0.3, -0.2
+    right, down = 0.3, -0.4
     spot = torch.exp(-((at[None, :] - right) ** 2 + (at[:, None] - down) ** 2) / (2 * 0.06**2))[None, None]
     angle, scale, shear = LARGEST["rotation"], LARGEST["scale"], LARGEST["shear"]
     cos, sin = math.cos(angle), math.sin(angle)
@@ -182,8 +183,9 @@ def test_geometry_by_the_moments_of_a_spot() -> None:
         ("rotation", (cos * right - sin * down, sin * right + cos * down)),
         ("scale", (math.exp(scale) * right, math.exp(scale) * down)),
         ("shear", (right - shear * down, down)),
+        ("rotation shear", (cos * right - sin * down - shear * (sin * right + cos * down), sin * right + cos * down)),
     ):
-        row = torch.tensor([[float(label == name) for label in label_names(1)]])
+        row = torch.tensor([[float(label in name.split()) for label in label_names(1)]])
         found = transform(spot, row, torch.Generator()).clamp_min(0)[0, 0]
         weight = found / found.sum()
         centre = ((weight.sum(0) * at).sum().item(), (weight.sum(1) * at).sum().item())
@@ -205,12 +207,12 @@ def digits() -> Source:
 
 @pytest.fixture(scope="module")
 def trained(digits: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transform net after 16,000 digits: R^2 near 0.2, and above 0.4 on noise."""
+    """A transform net after 16,000 digits: R^2 0.30, on contrast 0.72."""
     out = tmp_path_factory.mktemp("nets") / "transforms"
     result = train_transform_net(digits, 16_000, 0, out)
     assert result.validation == 179
-    assert result.mean_r2 > 0.1
-    assert result.r2["noise"] > 0.3
+    assert result.mean_r2 > 0.2
+    assert result.r2["contrast"] > 0.6
     return out
 
 
@@ -222,11 +224,21 @@ def test_a_transform_net_learns_and_is_written(trained: Path, digits: Source) ->
 
 
 def test_the_same_seed_gives_the_same_net(digits: Source, tmp_path: Path) -> None:
+    """Whatever torch's global state."""
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(seed + 5)
+        torch.manual_seed(ord(name))
         train_transform_net(digits, 256, seed, tmp_path / name)
     a, b, c = ((tmp_path / name / "weights.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_r2_of_a_net_that_always_says_0(digits: Source) -> None:
+    """0 for labels of mean 0; for blur and noise, of mean 1/4 and second moment 1/6, 1 - (1/6)/(1/6 - 1/16) = -0.6."""
+    net = TransformNet(1, 8)
+    for parameter in net.last.parameters():
+        parameter.data.zero_()
+    found = validate(net, digits, torch.arange(1797), torch.Generator().manual_seed(0))
+    assert list(found.r2.values()) == pytest.approx([0.0] * 7 + [-0.6] * 2, abs=0.06)
 
 
 def test_an_open_net_is_frozen_and_shows_the_gradient_at_any_size(trained: Path, digits: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -73,7 +74,7 @@ def test_lognormal_shares(count: int) -> None:
     assert shares.shape == (count - 1,)
     assert float(shares.sum()) == pytest.approx(1.0, abs=1e-13)
     z = [math.erf((math.log(s) + 1.1) / (math.sqrt(2) * 2.0)) for s in nodes.tolist()]
-    raw = [b - a for a, b in zip(z[:-1], z[1:], strict=True)]
+    raw = [b - a for a, b in itertools.pairwise(z)]
     assert shares.tolist() == pytest.approx([v / sum(raw) for v in raw], rel=1e-9)
 
 

@@ -149,7 +149,7 @@ def test_without_segments_the_gap_is_ects(t: float, ratio: float, r_min: float) 
 
 def test_a_gap_stops_at_the_edge() -> None:
     t, s = double(4.0, 4.0, 4.0), double(2.0, 2.0, 2.0)
-    clocks = gap_clocks(t, s, double(0.25, 1.0, 3.0))
+    clocks = gap_clocks(t, s, double(0.25, 1.0, 1.5))
     assert clocks.r.tolist() == [3.5, 2.0, 2.0]
     assert clocks.gap.tolist() == [0.5, 2.0, 2.0]
     assert clocks.clean_gap.tolist() == [1.0, 4.0, 4.0]  # (t - r)/(1 - s/t)

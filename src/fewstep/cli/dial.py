@@ -89,8 +89,17 @@ def dial(
     ```
     """
     from fewstep.cli.options import command_line, open_model
+    from fewstep.commit import require_end
     from fewstep.data import open_source
-    from fewstep.evaluation.dial import Settings, Watch, check, conclusion, model_directory, search
+    from fewstep.evaluation.dial import (
+        Settings,
+        Watch,
+        check,
+        conclusion,
+        model_directory,
+        require_free_times,
+        search,
+    )  # fmt: skip
     from fewstep.evaluation.reference import open_reference
     from fewstep.evaluation.statistics_file import is_statistics
     from fewstep.runs import check_shape
@@ -101,6 +110,9 @@ def dial(
     directory = None if ".py:" in model else model_directory(model)
     place = _place(directory, out, dry)
     denoiser = open_model(model, "ema", network, device)
+    require_free_times(denoiser)
+    if commit:
+        require_end(denoiser)
     baseline = None if teacher is None else open_model(teacher, "ema", None, device)
     source: Source | str = data
     if not is_statistics(data):

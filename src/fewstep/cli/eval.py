@@ -40,7 +40,11 @@ def eval(
         ),
     ],
     steps: Annotated[
-        str | None, Parameter(help="Numbers of network evaluations (of a pipeline: its own steps). Default: 1,2,4,8.")
+        str | None,
+        Parameter(
+            help="Numbers of network evaluations (of a pipeline: its own steps). Default: 1,2,4,8, "
+            "as far as the model can."
+        ),
     ] = None,
     samples: Annotated[
         int | None,

@@ -32,6 +32,7 @@ from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.evaluation.statistics_file import is_statistics
 from fewstep.runs import check_shape, joined
+from fewstep.sampling import few_step_times, possible_among
 from fewstep.world import World
 
 STEPS, SAMPLES, TEACHER_NFE = "1,2,4,8", 5_000, "35"
@@ -125,6 +126,8 @@ def run(request: Request, output: Output) -> int:
     with joined(request.device) as world, Counting(output) as counting:
         subject = _subject(request, world)
         _check_options(request, subject)
+        if isinstance(subject, Denoiser) and request.sampler != "ode":
+            steps = _possible(subject, steps, given=request.steps is not None)
         job = Job(subject, request.sampler, steps)
         teacher = None if request.teacher is None else open_model(request.teacher, device=str(world.device))
         if teacher is not None and isinstance(subject, Denoiser):
@@ -152,6 +155,19 @@ def run(request: Request, output: Output) -> int:
             write_json(request.out, result)
             parts.done()
     return 0
+
+
+def _possible(model: Denoiser, steps: list[int], *, given: bool) -> list[int]:
+    """The step counts that were asked for, or those of the default ones that the model can do.
+
+    Raises:
+        ConfigError: one that was asked for cannot be done.
+    """
+    if not given:
+        return possible_among(model, steps)
+    for n in steps:
+        few_step_times(model, n)
+    return steps
 
 
 def _depends_on(request: Request, reference: Reference, subject: Subject, teacher: Denoiser | None) -> dict[str, Any]:

@@ -104,5 +104,5 @@ def _show_agreement(output: Output, found: dict[str, Any] | None) -> None:
         output.say(
             f"  steps {row['steps']}: rms {number(row['rms'])}, {100 * row['relative']:.1f} % of the images' rms"
         )
-    if any(row["steps"] > 1 for row in found["rows"]):
+    if found["sampler"] == "consistency" and any(row["steps"] > 1 for row in found["rows"]):
         output.say("  From the second step on, the sampler adds fresh noise: there the distance says little.")

@@ -30,7 +30,11 @@ def sample(
     out: Annotated[Path, Parameter(help="x.png for one picture, x.npz, or a directory of PNG files.")],
     steps: Annotated[
         int | None,
-        Parameter(validator=COUNT, help="Network evaluations. Default: 1; with --commit 35, or 8 for multistep."),
+        Parameter(
+            validator=COUNT,
+            help="Network evaluations. Default: 1, or the fewest that the model can do; with --commit 35, or 8 for "
+            "multistep.",
+        ),
     ] = None,
     number: Annotated[int, Parameter(name=["--number", "-n"], validator=COUNT, help="How many samples.")] = 64,
     times: Annotated[
@@ -85,8 +89,9 @@ def sample(
     """
     from fewstep.cli.options import open_model
     from fewstep.cli.write import check_output, draw, parse_numbers, save_samples, spread_labels
+    from fewstep.commit import require_end
     from fewstep.errors import ConfigError
-    from fewstep.sampling import few_step_times
+    from fewstep.sampling import few_step_times, possible_among
 
     output = Output(quiet, json)
     levels = parse_numbers(times, "--times", float) if times is not None else None
@@ -98,7 +103,10 @@ def sample(
     denoiser = open_model(model, weights, network, device)
     check_output(out, denoiser)
     cond = spread_labels(denoiser, number, label)
-    count = len(levels) if levels is not None else steps or (FULL_STEPS[sampler] if commit is not None else 1)
+    if commit is not None or sampler == "multistep":
+        require_end(denoiser)
+    fewest = FULL_STEPS[sampler] if commit is not None else 1 if sampler == "ode" else possible_among(denoiser, [1])[0]
+    count = len(levels) if levels is not None else steps or fewest
     if sampler != "ode" and levels is None:
         levels = few_step_times(denoiser, count)
     if guidance is not None:

@@ -15,7 +15,7 @@ from fewstep.errors import ConfigError, DataError
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
 from fewstep.process import EDM
 from fewstep.randomness import Streams
-from fewstep.sampling import default_batch_size, few_step_times, heun_sample, karras_grid, sample
+from fewstep.sampling import default_batch_size, few_step_times, heun_sample, karras_grid, possible_steps, sample
 
 LEAST_NODES = 72
 SIGMA_MIN = 0.002
@@ -40,9 +40,9 @@ def teacher_agreement(
         A = E‖f(Tz) - Φ_{T→0}(Tz)‖²/d,  reported as √A and √A/rms(Φ),  rms(Φ) = √(E‖Φ‖²/d)      (math.md 6.7)
 
     For 2 and more steps f is the few-step sampler with its noise z' fixed by ``seed``, and fresh noise of that size
-    keeps A above 0 even for a perfect student. For each noise level t of ``at`` the student starts on the teacher's
-    path: E‖f(x_t, t) - Φ_{t→0}(x_t)‖²/d, x_t = Φ_{T→t}(Tz). Φ is EDM's Heun sampler on ``nodes`` Karras nodes and the
-    levels of ``at``, computed once.
+    keeps A above 0 even for a perfect student (a student that jumps adds none). For each noise level t of ``at`` the
+    student starts on the teacher's path: E‖f(x_t, t) - Φ_{t→0}(x_t)‖²/d, x_t = Φ_{T→t}(Tz). Φ is EDM's Heun sampler on
+    ``nodes`` Karras nodes and the levels of ``at``, computed once.
 
     Warning: A does not tend to 0 for models tuned by ECT or consistency training. They follow the ODE of the *data*,
     with a bias of the discretisation, not the ODE of the teacher; on separated modes A is dominated by the samples near
@@ -57,8 +57,9 @@ def teacher_agreement(
         replicates: halves of the samples for the 95 % intervals; 0 for none.
 
     Returns:
-        JSON-able: ``{"samples", "seed", "nodes", "teacher_nfe", "teacher_rms", "rows": [row, ...], "at": [row, ...]}``
-        with row ``{"steps", "times", "rms", "rms_interval": [low, high], "relative", "relative_interval"}``; rows of
+        JSON-able: ``{"samples", "seed", "nodes", "sampler", "teacher_nfe", "teacher_rms", "rows": [row, ...], "at":
+        [row, ...]}`` with row ``{"steps", "times", "rms", "rms_interval": [low, high], "relative",
+        "relative_interval"}``; rows of
         "at" have "sigma" in place of "steps" and "times".
 
     Raises:
@@ -84,6 +85,7 @@ def teacher_agreement(
         "samples": samples,
         "seed": seed,
         "nodes": nodes,
+        "sampler": student.sampler,
         "teacher_nfe": 2 * len(grid) - 3,
         "teacher_rms": float(size.mean().sqrt()),
         "rows": [row | compared(x) for row, x in zip(few, landed, strict=True)],
@@ -190,6 +192,12 @@ def _check(
             got=nodes,
             want=f"at least {LEAST_NODES}",
             do="On a Gaussian 18 nodes overshoot the spread by 5.5 %, 36 by 1.2 %, 72 by 0.3 % (math.md 4.1)",
+        )
+    if levels and possible_steps(student) is not None:
+        raise ConfigError(
+            "This student jumps between the levels it was trained for only, so it cannot start from others",
+            got=f"at={levels}",
+            do="Leave 'at' out",
         )
     if any(not 0 < t < top for t in levels):
         raise ConfigError("A noise level to start from is out of range", got=levels, want=f"in (0, {top:g})")

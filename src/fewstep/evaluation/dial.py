@@ -30,7 +30,7 @@ from fewstep.evaluation.metrics import gaussian_stats
 from fewstep.evaluation.reference import Reference, check_comparable
 from fewstep.evaluation.samples import draw_labels, to_host
 from fewstep.evaluation.times_search import Chain, Score, Times, Trials, find_times, resampled, rounded, time_range
-from fewstep.sampling import few_step_times, ode_sample_nfe, sample
+from fewstep.sampling import few_step_times, ode_sample_nfe, possible_steps, sample
 
 FIRST_SEED = 7_000_000
 """Where the seeds of dials begin: far from those that evaluations use."""
@@ -72,7 +72,7 @@ class Judge:
         return lambda x: self._distance(self._features(denoiser, x))
 
     def few_step(self, denoiser: Denoiser, times: Sequence[float]) -> Drawn:
-        """The consistency sampler at ``times``."""
+        """The few-step sampler at ``times``."""
         return self._drawn(denoiser, lambda n, cond: sample(
             denoiser, n, times=times, seed=self.seed, cond=cond, batch_size=self.batch_size))  # fmt: skip
 
@@ -170,6 +170,21 @@ class Watch:
     measured: Callable[[dict[str, Any]], None] = lambda row: None
 
 
+def require_free_times(denoiser: Denoiser) -> None:
+    """Refuse a student whose sampling times are settled by its training.
+
+    Raises:
+        ConfigError: it jumps, and is not told where it lands.
+    """
+    known = possible_steps(denoiser)
+    if known is not None:
+        raise ConfigError(
+            "There are no sampling times to find: this student jumps between the levels it was trained for only",
+            got=f"times for {', '.join(map(str, known)) or 'no'} steps",
+            do="Measure it as it is: fewstep eval",
+        )
+
+
 def without_own_times(denoiser: Denoiser) -> Denoiser:
     """The same network without sampling times of its own: :func:`few_step_times` gives the defaults."""
     twin = denoiser.under(denoiser.process)
@@ -192,8 +207,10 @@ def search(
         known: what an interrupted search with the same settings had found: taken as it is.
 
     Raises:
+        ConfigError: a student whose times are settled.
         DataError: the data has another shape than the model's samples.
     """
+    require_free_times(denoiser)
     check_comparable(reference, denoiser.sample_shape, _is_images(denoiser))
     watch, known, found = watch or Watch(), known or {}, {}
     cond = draw_labels(denoiser, reference.source, settings.samples, settings.search_seed)

@@ -20,7 +20,7 @@ from fewstep.evaluation.measure import METRICS, MOST_ROWS, Fake, available, meas
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, open_reference
 from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
-from fewstep.sampling import ode_sample_nfe, sample
+from fewstep.sampling import ode_sample_nfe, possible_steps, sample
 from fewstep.world import World
 
 __all__ = [
@@ -259,11 +259,8 @@ def numbers(
 def _warm_up(denoiser: Denoiser, solver: str, n: int, seed: int, cond: Tensor | None, batch_size: int | None) -> None:
     """The first call of a network is slow: it is not part of any samples per second."""
     few = None if cond is None else cond[:n]
-    draw = ode_sample_nfe if solver == "ode" else _one_step
-    draw(denoiser, n, 1, seed=seed, cond=few, batch_size=batch_size)
-
-
-def _one_step(
-    denoiser: Denoiser, n: int, steps: int, *, seed: int, cond: Tensor | None, batch_size: int | None
-) -> Tensor:
-    return sample(denoiser, n, steps=steps, seed=seed, cond=cond, batch_size=batch_size)
+    if solver == "ode":
+        ode_sample_nfe(denoiser, n, 1, seed=seed, cond=few, batch_size=batch_size)
+        return
+    steps = min(possible_steps(denoiser) or (1,))
+    sample(denoiser, n, steps=steps, seed=seed, cond=few, batch_size=batch_size)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
+from fewstep.jumps import ddim
 from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.sampling import default_batch_size
@@ -36,9 +37,10 @@ class Chain:
     """The few-step sampler with its states kept: times that begin like the last ones share those evaluations.
 
     ``run(times)`` equals ``sample(denoiser, n, times=times, seed=seed, cond=cond)``. Memory: N states of n samples.
+    An evaluation of a student that jumps also depends on where it lands, so fewer of them are shared.
 
     Args:
-        denoiser: the consistency model.
+        denoiser: the few-step model; one that jumps must be told where it lands.
         n: samples; sample i depends on the seed and on i alone.
         cond: class indices ``[n]``, or None.
         batch_size: samples at once; changes nothing but the rounding.
@@ -50,43 +52,60 @@ class Chain:
         self._model, self._streams, self._cond = denoiser.under(EDM()), Streams(seed), cond
         size = batch_size or default_batch_size(denoiser.sample_shape, denoiser.device)
         self._batches = torch.split(torch.arange(n, device=denoiser.device), size)
-        self._times: list[float] = []
+        self._legs: list[tuple[float, float]] = []
         self._states: list[Tensor] = []
         self.evaluations = 0
 
     def forget(self) -> None:
         """Drop the kept states: what follows costs the same whatever was run before."""
-        self._times.clear()
+        self._legs.clear()
         self._states.clear()
 
     def cost(self, times: Sequence[float]) -> int:
         """Network evaluations per sample that ``run(times)`` would take now."""
-        return len(times) - self._shared(times)
+        return len(times) - self._shared(self._way(times))
 
     @torch.no_grad()
     def run(self, times: Sequence[float]) -> Samples:
-        """Samples ``[n, ...]`` in model space at these noise levels, largest first (math.md eq. 2.10)."""
-        shared = self._shared(times)
-        del self._times[shared:], self._states[shared:]
+        """Samples ``[n, ...]`` in model space at these noise levels, largest first (math.md eq. 2.10, 3.5)."""
+        way = self._way(times)
+        shared = self._shared(way)
+        del self._legs[shared:], self._states[shared:]
         with _evaluating(self._model):
-            for sigma in times[shared:]:
-                self._states.append(torch.cat([self._step(sigma, rows) for rows in self._batches]))
-                self._times.append(sigma)
+            for leg in way[shared:]:
+                self._states.append(torch.cat([self._step(*leg, rows) for rows in self._batches]))
+                self._legs.append(leg)
                 self.evaluations += 1
-        return self._states[-1]
+        return self._states[-1].to(self._model.dtype)
 
-    def _shared(self, times: Sequence[float]) -> int:
-        pairs = zip(self._times, times, strict=False)
-        return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(self._times), len(times)))
+    def _way(self, times: Sequence[float]) -> list[tuple[float, float]]:
+        """What evaluation k depends on, beside the state before it: its level and where it lands."""
+        if self._model.sampler == "jump":
+            return list(itertools.pairwise([*times, 0.0]))
+        return [(t, 0.0) for t in times]
 
-    def _step(self, sigma: float, rows: Tensor) -> Tensor:
-        model, k = self._model, len(self._times)
-        stream = "sample/latent" if k == 0 else f"sample/noise/{k}"
-        noise = self._streams.normal(stream, rows, model.sample_shape, model.dtype)
-        x_t = noise * sigma if k == 0 else (self._states[k - 1][rows].double() + sigma * noise.double()).to(noise.dtype)
-        level = torch.full((len(rows),), sigma, dtype=noise.dtype, device=noise.device)
-        out: Tensor = model(x_t, level, None if self._cond is None else self._cond[rows])
-        return out
+    def _shared(self, way: Sequence[tuple[float, float]]) -> int:
+        pairs = zip(self._legs, way, strict=False)
+        return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(self._legs), len(way)))
+
+    def _step(self, t: float, s: float, rows: Tensor) -> Tensor:
+        """The state after one more evaluation: of jumps in float64, as in ``sample``."""
+        model, k = self._model, len(self._legs)
+        jumps = model.sampler == "jump"
+        if k == 0:
+            noise = self._noise("sample/latent", rows)
+            x = (noise.double() if jumps else noise) * t
+        elif jumps:
+            x = self._states[k - 1][rows]
+        else:
+            x = self._states[k - 1][rows].double() + t * self._noise(f"sample/noise/{k}", rows).double()
+        cond = None if self._cond is None else self._cond[rows]
+        level, landing = (torch.full((len(rows),), v, dtype=model.dtype, device=rows.device) for v in (t, s))
+        out: Tensor = model(x.to(model.dtype), level, cond, *((landing,) if model.two_time else ()))
+        return ddim(out.double(), x, t, s) if jumps else out
+
+    def _noise(self, stream: str, rows: Tensor) -> Tensor:
+        return self._streams.normal(stream, rows, self._model.sample_shape, self._model.dtype)
 
 
 @dataclass
@@ -131,8 +150,13 @@ class Trials:
 
 
 def time_range(denoiser: Denoiser) -> tuple[float, float]:
-    """Where the times after the first are looked for: 0.02 to 40 sigma_data, inside the model's own range."""
+    """Where the times after the first are looked for: 0.02 to 40 sigma_data, inside the model's own range.
+
+    For a student that jumps up to sigma_max: it adds no noise, so that its first jumps may be short.
+    """
     low = max(LOWEST * denoiser.sigma_data, denoiser.sigma_min)
+    if denoiser.sampler == "jump":
+        return low, denoiser.sigma_max
     return low, max(low, min(HIGHEST * denoiser.sigma_data, denoiser.sigma_max / 2))
 
 

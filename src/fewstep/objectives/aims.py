@@ -131,7 +131,6 @@ def guided(teacher: Denoiser, guidance: float) -> Denoiser | Guided:
 
 
 # --------------------------------------------------------------------------------- from r on to s
-@torch.no_grad()
 def target_aim(
     target: Denoiser,
     all_three: Triple,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.randomness import DropoutTape, Streams
 from fewstep.types import Batch, PerSample, Progress
 
@@ -132,7 +132,7 @@ class Objective:
         """The feature net of a distance in feature space, as ``fewstep eval --features`` names it."""
         return None
 
-    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         """How the trained student is sampled, "consistency" or "jump", and noise levels by step count."""
         return "consistency", {}
 

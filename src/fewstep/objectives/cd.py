@@ -79,4 +79,4 @@ class CD(TwoPoint):
     ) -> PerSample:
         """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
         target = beside.companions["target"] if self.target == "ema" else student
-        return self.loss_between(student, target, make_pair(x_0, eps, t, r, t - r, cond, self.levers.low), tape, beside)
+        return self.gap_loss(student, target, make_pair(x_0, eps, t, r, t - r, cond, self.levers.low), tape, beside)

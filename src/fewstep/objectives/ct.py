@@ -77,7 +77,7 @@ class CT(TwoPoint):
     ) -> PerSample:
         """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
         both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
-        return self.loss_between(student, beside.companions["target"], both, tape, beside)
+        return self.gap_loss(student, beside.companions["target"], both, tape, beside)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """The number of nodes."""

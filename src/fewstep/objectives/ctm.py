@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
 from fewstep.jumps import ddim, heun_step
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
@@ -80,7 +80,7 @@ class CTM(Objective):
     def two_time(self) -> bool:
         return True
 
-    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         return "jump", {}
 
     def companions(self) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class ECD(TwoPoint):
     ) -> PerSample:
         """The loss at explicit host times ``t [b]``, noise ``eps [b, ...]`` and ``ratio = q^a``."""
         r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
-        return self.loss_between(student, student, make_pair(x_0, eps, t, r, gap, cond, self.levers.low), tape, beside)
+        return self.gap_loss(student, student, make_pair(x_0, eps, t, r, gap, cond, self.levers.low), tape, beside)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Stage and the typical r/t (at large t, where n(t) = 1)."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.objectives.adaptive import Adaptive
-from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom
+from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom
 from fewstep.objectives.bridges import DataBridge, DataRay
 from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import Pair, draw_times, make_pair, predictions
+from fewstep.objectives.pairs import Pair, draw_times, make_pair
+from fewstep.objectives.two_point import TwoPoint
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
 from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages, pair
@@ -20,7 +21,7 @@ from fewstep.types import Batch, PerSample, Progress, Samples
 
 
 @dataclass(frozen=True)
-class ECT(Objective):
+class ECT(TwoPoint):
     """``w(t, r) rho(f(x_0 + t eps, t) - sg f(x_0 + r eps, r))`` with ``r = max(t (1 - n(t)/q^a), 0)`` (eq. 2.5, 2.8).
 
     Student and target see the same noise and the same dropout mask; the target is the current network
@@ -47,14 +48,7 @@ class ECT(Objective):
 
     @property
     def needs_teacher(self) -> bool:
-        return self.bridge.needs_teacher or self.levers.needs_teacher or self.adaptive is not None
-
-    @property
-    def features(self) -> str | None:
-        return self.levers.features
-
-    def extra(self, student: Denoiser) -> nn.Module | None:
-        return self.levers.extra(student)
+        return super().needs_teacher or self.adaptive is not None
 
     def loss(
         self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
@@ -95,8 +89,7 @@ class ECT(Objective):
         """The loss once the times are known, all on the device; ``torch.compile`` makes one graph of it."""
         if self.adaptive is not None:
             both = self.adaptive(both, beside.teacher)
-        out, goal = predictions(student, student, both, self.bridge, tape, beside)
-        return self.levers.penalise(self.penalty, student, both, out, goal, beside)
+        return self.gap_loss(student, student, both, tape, beside)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Stage and the typical r/t (at large t, where n(t) = 1)."""

@@ -66,7 +66,7 @@ class ICT(TwoPoint):
     ) -> PerSample:
         """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
         both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
-        return self.loss_between(student, student, both, tape, beside)
+        return self.gap_loss(student, student, both, tape, beside)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Doublings so far, and the number of nodes."""

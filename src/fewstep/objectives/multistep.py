@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
 from fewstep.objectives.aims import Leg, Ray, Triple, place, target_aim
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom
@@ -119,7 +119,7 @@ class Multistep(Objective):
     def two_time(self) -> bool:
         return len(set(self.segments)) > 1
 
-    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         axis = self.axis(student)
         return "jump", {count: axis.levels(count) for count in sorted(set(self.segments))}
 

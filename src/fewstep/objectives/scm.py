@@ -54,8 +54,8 @@ class SCM(Objective):
     kind: ClassVar[str] = "scm"
 
     def __post_init__(self) -> None:
-        if self.warmup_images < 0 or self.c < 0:
-            raise ConfigError("sCM needs warmup_images >= 0 and c >= 0", got=(self.warmup_images, self.c))
+        if self.warmup_images < 0 or self.c <= 0:
+            raise ConfigError("sCM needs warmup_images >= 0 and c > 0", got=(self.warmup_images, self.c))
 
     def loss(
         self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
@@ -153,5 +153,5 @@ class LearnedWeight(nn.Module):
 
     def forward(self, theta: Tensor) -> Tensor:
         order = torch.arange(len(self.coefficients), device=theta.device)
-        waves = (2 * theta[:, None] * order).cos().to(self.coefficients.dtype)
-        return self.limit * (waves @ self.coefficients / self.limit).tanh()
+        series = ((2 * theta[:, None] * order).cos() * self.coefficients).sum(1)  # a matrix product would be autocast
+        return self.limit * (series / self.limit).tanh()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ScheduleError
 from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom, to_device
 from fewstep.objectives.levers import NO_LEVERS, Levers, plus
@@ -119,7 +119,7 @@ class TCM(TwoPoint):
         taken = Progress(progress.images_seen - batch_size, progress.total_images)
         return "student", 1.0 if self.truncated(taken) else 0.0
 
-    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         """sigma_max, then levels down to t', evenly spaced in ln sigma over a factor ``16^(1 - 2/steps)``."""
         top = student.sigma_max
         times: dict[int, tuple[float, ...]] = {1: (top,)}
@@ -142,7 +142,7 @@ class TCM(TwoPoint):
             t = draw_times(self.law, student, random)
             r, gap = pair(self.mapping, t, ratio, student.sigma_min)
             both = make_pair(batch.x, eps, t, r, gap, batch.cond, self.levers.low)
-            loss = self.loss_between(student, student, both, random.tape(), beside)
+            loss = self.gap_loss(student, student, both, random.tape(), beside)
         return LossOutput(plus(loss, cost))
 
     def draw(self, random: StepRandom, high: float) -> tuple[Times, Tensor]:

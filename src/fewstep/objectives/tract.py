@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
 from fewstep.jumps import ddim
 from fewstep.objectives.aims import Heun, Triple, place, target_aim
@@ -82,7 +82,7 @@ class TRACT(Objective):
         grid = karras_grid(self.time_schedule[0], low, student.sigma_max)
         return torch.tensor(grid[::-1], dtype=torch.float64)
 
-    def sampler(self, student: Denoiser) -> tuple[str, dict[int, tuple[float, ...]]]:
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         steps = self.time_schedule[-1]
         edges = self.nodes(student)[:: self.time_schedule[0] // steps]
         return "jump", {steps: tuple(edges[1:].flip(0).tolist())}

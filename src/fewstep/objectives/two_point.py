@@ -32,7 +32,7 @@ class TwoPoint(Objective):
     def extra(self, student: Denoiser) -> nn.Module | None:
         return self.levers.extra(student)
 
-    def loss_between(
+    def gap_loss(
         self, student: Denoiser, target: Denoiser, both: Pair, tape: DropoutTape | None, beside: Beside
     ) -> PerSample:
         """The loss once the times are known, all on the device, ``[b]``."""

@@ -21,8 +21,8 @@ from fewstep.evaluation.features import FeatureNet
 from fewstep.evaluation.neighbours import NEAREST, Neighbours, find_neighbours
 from fewstep.evaluation.record import TEACHER, TUNED, write_record
 from fewstep.evaluation.report import Picture, report_run, step_dial_png
-from fewstep.sampling import ode_sample_nfe, sample
-from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory, possible
+from fewstep.sampling import ode_sample_nfe, possible_among, sample
+from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory
 from fewstep.training.trainer import Trainer
 
 
@@ -47,7 +47,7 @@ def finish(
         write_json(run / "results.json", results)
         watcher.saved(run / "results.json")
     elif config.job == "tune":
-        pictures += [_picture(trainer, TUNED, model, "consistency", n) for n in possible(model, GRID_STEPS)]
+        pictures += [_picture(trainer, TUNED, model, "consistency", n) for n in possible_among(model, GRID_STEPS)]
     write_record(
         run,
         facts=_facts(trainer),
@@ -74,7 +74,7 @@ def _evaluate(
     tuning = config.job == "tune"
     diffusion = teacher.to(model.device) if teacher is not None else None if tuning else model
     jobs = [(TEACHER, diffusion, "ode", config.eval.teacher_nfe)] if diffusion is not None else []
-    jobs += [(TUNED, model, "consistency", tuple(possible(model, config.eval.steps)))] if tuning else []
+    jobs += [(TUNED, model, "consistency", tuple(possible_among(model, config.eval.steps)))] if tuning else []
     for name, denoiser, solver, steps in jobs:
 
         def show(row: dict[str, Any], name: str = name) -> None:

@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from fewstep.errors import FewstepError, Interrupted, Preempted
 from fewstep.evaluation.evaluate import draw_labels, to_host
 from fewstep.evaluation.pictures import save_points
 from fewstep.evaluation.record import read_history
-from fewstep.sampling import possible_steps, sample
+from fewstep.sampling import possible_among, sample
 from fewstep.training.state import save_state
 from fewstep.training.trainer import StepReport, Trainer
 
@@ -107,15 +107,9 @@ def train(trainer: Trainer, run: Path, watcher: Watcher) -> None:
 def draw_grids(trainer: Trainer, run: Path) -> Iterator[Path]:
     """Samples of the first average at 1 and 2 steps, same noise every time, as pictures."""
     model = trainer.averages[0]
-    for steps in possible(model, GRID_STEPS) if trainer.config.job == "tune" else (2,):
+    for steps in possible_among(model, GRID_STEPS) if trainer.config.job == "tune" else (2,):
         path = run / "samples" / f"images-{trainer.images_seen:09d}-{steps}step.png"
         yield draw_grid(trainer, model, steps, path)
-
-
-def possible(model: Denoiser, wanted: Sequence[int]) -> list[int]:
-    """Those of the wanted step counts that the model can be sampled with; its own if there are none."""
-    known = possible_steps(model)
-    return [n for n in wanted if known is None or n in known] or list(known or wanted)
 
 
 def draw_grid(trainer: Trainer, model: Denoiser, steps: int, path: Path) -> Path:

@@ -238,10 +238,11 @@ def set_dropout(module: nn.Module, config: StudentConfig) -> None:
 
 
 def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
-    """Parameters that take no part without augmentation labels (EDM's ``map_augment``)."""
-    augment = getattr(student.backbone, "map_augment", None)
-    if augment is not None:
-        yield from augment.parameters()
+    """Parameters that take no part without augmentation labels (EDM's ``map_augment``, wherever that network is)."""
+    for module in student.modules():
+        augment = getattr(module, "map_augment", None)
+        if augment is not None:
+            yield from augment.parameters()
 
 
 def _require_gradients(trained: nn.Module) -> None:

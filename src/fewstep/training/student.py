@@ -1,0 +1,92 @@
+"""Students: what a run trains, made of its teacher and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fewstep.backbones import build
+from fewstep.backbones.two_time import with_landing
+from fewstep.denoiser import Denoiser
+from fewstep.errors import ConfigError
+from fewstep.sampling import check_times
+from fewstep.training.config import RunConfig
+
+
+def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
+    """An independent copy of the teacher (or its network with fresh weights), prepared as the configuration asks."""
+    student = teacher.clone()
+    if config.student.start == "fresh":
+        student.backbone = _fresh(teacher, config.seed)
+    if not any(p.requires_grad for p in student.parameters()):
+        student.requires_grad_(True)
+    if config.student.boundary_shift:
+        shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
+        student = student.with_parametrization(shifted)
+    return equip(student, config)
+
+
+def _fresh(teacher: Denoiser, seed: int) -> torch.nn.Module:
+    """The teacher's architecture with weights of its own, seeded."""
+    if teacher.spec is None:
+        raise ConfigError(
+            "A network of your own cannot be started afresh", got="student.start=fresh", do="Give it with fresh weights"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(teacher.spec).to(teacher.device, teacher.dtype)
+
+
+def equip(student: Denoiser, config: RunConfig) -> Denoiser:
+    """The landing time and the sampler that the objective trains for, and the configured sampling times.
+
+    A teacher's own sampling times stay where the student is sampled as the teacher was and the objective has none.
+
+    Raises:
+        ConfigError: sampling times that are none, or that this student cannot have.
+    """
+    objective, configured = config.objective, _sampler_times(config, student)
+    if objective.two_time:
+        student = with_landing(student, seed=config.seed)
+    sampler, times = objective.sampler(student)
+    if sampler == "jump" and not objective.two_time:
+        _require_one_time(student, objective.kind, configured)
+    kept = times or (student.sampler_times if student.sampler == sampler else {})
+    student.sampler, student.sampler_times = sampler, kept | configured
+    return student
+
+
+def _require_one_time(student: Denoiser, kind: str, configured: Mapping[int, Sequence[float]]) -> None:
+    """A student of segments knows the levels that it is trained for, and is told nothing of where it lands."""
+    if student.two_time:
+        raise ConfigError(
+            f"The objective '{kind}' trains a network that is not told where it lands, and this one is told",
+            do="Tune from a diffusion model, or choose an objective with a landing time, for example ctm",
+        )
+    if configured:
+        raise ConfigError(
+            f"A student of '{kind}' jumps between the levels it is trained for only, so it takes no others",
+            got=f"student.sampler_times for {', '.join(map(str, configured))} steps",
+            do="Leave them out: --set student.sampler_times={}",
+        )
+
+
+def _sampler_times(config: RunConfig, student: Denoiser) -> dict[int, tuple[float, ...]]:
+    """``student.sampler_times`` by step count, as many decreasing noise levels as steps."""
+    found = {}
+    for steps, times in config.student.sampler_times.items():
+        try:
+            levels = check_times([float(t) for t in times], student)
+            fits = len(levels) == int(steps)
+        except (TypeError, ValueError, ConfigError):
+            fits = False
+        if not fits:
+            raise ConfigError(
+                "'student.sampler_times' does not give one noise level per step",
+                got=f"{steps}: {times}",
+                want="decreasing levels, for example {2: [80, 0.8], 4: [80, 10, 2, 0.5]}",
+            )
+        found[int(steps)] = tuple(levels)
+    return found
