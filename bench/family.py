@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_entries import COMMON, ENTRIES, TEACHER, Entry, scaled
+from family_entries import COMMON, ENTRIES, TEACHER, scaled
 from family_table import print_tables
 from fashion_net import open_fashion_net
 
 from fewstep import load, open_source, pretrain, tune
+from fewstep.checkpoint.model import KIND, rebuild
+from fewstep.checkpoint.store import read_json, read_tensors
 from fewstep.data import Source
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, load_weights
 from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.reference import Reference, open_reference
 from fewstep.sampling import possible_steps
@@ -79,7 +81,7 @@ def make_teacher(arguments: argparse.Namespace) -> None:
     if not path.is_dir():
         pretrain(arguments.data, out=path, recipe="demo-teacher", overrides=TEACHER)
     if claim(arguments.work, "teacher", 0, 0):
-        source, reference = open_data(arguments)
+        _, reference = open_data(arguments)
         rows = measured(load(path), reference, TEACHER_NFE, arguments.samples, "ode")
         with (arguments.work / "rows.jsonl").open("a") as file:
             file.write(json.dumps({"entry": "teacher", "seed": 0, "images": 0, "rows": rows}) + "\n")
@@ -104,14 +106,15 @@ def run_one(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, An
     """Train one entry (its phases one after the other) and measure it."""
     entry, run = ENTRIES[name], arguments.work / "runs" / f"{name}-{seed}-{arguments.images}"
     source, reference = open_data(arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on, without the reference's pass
     start, model, curve = time.perf_counter(), load(arguments.work / "teacher"), []
     for k, phase in enumerate(entry.phases):
-        out = fresh(run, k)
+        shutil.rmtree(run / f"phase-{k}", ignore_errors=True)  # what an interrupted attempt left
         settings = scaled(phase.overrides, round(phase.share * arguments.images), arguments.work)
         done = tune(
-            arguments.work / "teacher" if k == 0 else fresh_of(run, k - 1),
+            arguments.work / "teacher" if k == 0 else run / f"phase-{k - 1}",
             source,
-            out=out,
+            out=run / f"phase-{k}",
             recipe="demo",
             objective=phase.objective,
             overrides=COMMON | settings | {"seed": seed},
@@ -119,7 +122,7 @@ def run_one(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, An
         model = done.model()
         curve += curve_of(done.path, reference, arguments) if entry.curve else []
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_mib()
     steps = [n for n in STEPS if n in (possible_steps(model) or STEPS)]
     rows = measured(model, reference, steps, arguments.samples, "consistency")
     for weights in entry.weights:
@@ -130,23 +133,10 @@ def run_one(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, An
         "seed": seed,
         "images": arguments.images,
         "seconds": seconds,
-        "peak_mib": peak,
+        "peak": peak,
         "rows": rows,
         "curve": curve,
     }
-
-
-def fresh(run: Path, k: int) -> Path:
-    """The folder of phase ``k``, without what an interrupted attempt left there."""
-    import shutil
-
-    out = fresh_of(run, k)
-    shutil.rmtree(out, ignore_errors=True)
-    return out
-
-
-def fresh_of(run: Path, k: int) -> Path:
-    return run / f"phase-{k}"
 
 
 def open_data(arguments: argparse.Namespace) -> tuple[Source, Reference]:
@@ -173,17 +163,23 @@ def curve_of(run: Path, reference: Reference, arguments: argparse.Namespace) -> 
     """One and two steps at every checkpoint of a run."""
     found = []
     for path in sorted((run / "checkpoints").glob("images-*"))[1:]:
-        model = checkpoint_model(path)
+        model = load_model_of(path)
         rows = measured(model, reference, (1, 2), arguments.samples, "consistency")
         found.append({"images": int(path.name.removeprefix("images-")), "rows": rows})
     return found
 
 
-def checkpoint_model(path: Path) -> Denoiser:
-    """The first average of one checkpoint."""
-    from fewstep.checkpoint.model import _from_checkpoint
+def peak_mib() -> float:
+    """Peak resident memory of this process in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-    return _from_checkpoint(path, "ema", None).eval()
+
+def load_model_of(checkpoint: Path) -> Denoiser:
+    """The first average of one checkpoint."""
+    model = rebuild(read_json(checkpoint / "model.json", KIND), str(checkpoint))
+    load_weights(model.backbone, read_tensors(checkpoint / "ema-0.safetensors"), str(checkpoint))
+    return model.eval()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 TEACHER = {
-    "data.resize": 16, "images": 1_000_000, "batch_size": 64, "precision": "bf16", "optim.lr": 1.5e-3, "eval.samples": 0,
+    "data.resize": 16, "images": 1_000_000, "batch_size": 64, "precision": "bf16", "optim.lr": 1.5e-3,
+    "eval.samples": 0,
     "model.kwargs": {"channels": 16, "multipliers": [1, 2, 2], "blocks": 1, "attention": [4]},
 }  # fmt: skip
 
@@ -24,6 +25,9 @@ ECT = {
     "objective.schedule.images": "N/3", "objective.penalty.distance": "l2", "objective.penalty.c": 0.0,
 }  # fmt: skip
 """Plain ECT, the baseline: q^a = 4, 8, 16, unit-norm gradient, weight 1/(t-r)."""
+
+
+AT_ONCE = {"objective.schedule.q": 16, "objective.schedule.first": 0, "objective.schedule.last": 0}
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,12 @@ DIAL = (
 )
 HEUN = {"objective.step.kind": "heun"}
 
+DECAY = {"optim.schedule": "linear", "optim.decay_share": 0.5}
+GRID_DIAL = {
+    "objective.segments": [1, 1, 2, 4, 8], "objective.pairing.first": 32, "objective.pairing.last": 32,
+    "objective.step.kind": "heun", "objective.penalty.distance": "squared_l2", "objective.penalty.weight": "one",
+}  # fmt: skip
+
 ENTRIES: dict[str, Entry] = {
     "ect": one("objective", "ect", ECT),
     "ct": one("objective", "ct", {"objective.schedule.last": 50}),
@@ -127,7 +137,17 @@ ENTRIES: dict[str, Entry] = {
                                       {"kind": "power", "std": 0.1}]}),),
         weights=("ema-1", "ema-2", "std=0.07"),
     ),
-    "cmt-then-ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", ECT | {"objective.schedule.q": 16, "objective.schedule.first": 0, "objective.schedule.last": 0}, 0.5))),
+    "cmt-then-ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", ECT | AT_ONCE, 0.5))),
+    # recipes put together from the above
+    "cd+decay": one("recipe", "cd", DECAY),
+    "cd-10+decay": one("recipe", "cd", DECAY | {"objective.nodes": 10}),
+    "dial": one("recipe", "multistep", GRID_DIAL | DECAY),
+    "dial-l2": one("recipe", "multistep", GRID_DIAL | DECAY | {"objective.penalty.distance": "l2"}),
+    "dial-c_out": one("recipe", "multistep", GRID_DIAL | DECAY | {"objective.penalty.weight": "c_out"}),
+    "dial-snr": one(
+        "recipe", "multistep",
+        GRID_DIAL | DECAY | {"objective.penalty.distance": "l2", "objective.penalty.weight": "snr+1"},
+    ),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),
     "warm-immediate": tightening("teacher", immediate=True),

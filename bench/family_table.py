@@ -35,13 +35,14 @@ def print_tables(work: Path) -> None:
 def table(head: str, group: str, images: int, rows: list[dict[str, Any]]) -> None:
     by_entry: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["entry"] in ENTRIES and ENTRIES[row["entry"]].group == group or row["entry"] == "ect":
+        if (row["entry"] in ENTRIES and ENTRIES[row["entry"]].group == group) or row["entry"] == "ect":
             by_entry[row["entry"]].append(row)
     if len(by_entry) < 2:
         return
     print(f"### {head}, {images:,} images\n")
     print(
-        "| entry | seeds | 1 step | 2 steps | 4 steps | 8 steps | seconds | peak MiB |\n|---|---|---|---|---|---|---|---|"
+        "| entry | seeds | 1 step | 2 steps | 4 steps | 8 steps | seconds | peak MiB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for entry in sorted(by_entry, key=lambda e: list(ENTRIES).index(e)):
         for weights in (None, *ENTRIES[entry].weights):
@@ -54,7 +55,7 @@ def line(entry: str, weights: str | None, rows: list[dict[str, Any]]) -> str:
         cell([r for row in rows for r in row["rows"] if r["steps"] == n and r.get("weights") == weights]) for n in STEPS
     ]
     seconds = statistics.mean(row["seconds"] for row in rows)
-    peak = max(row["peak_mib"] for row in rows)
+    peak = max((row["peak"] for row in rows if "peak" in row), default=float("nan"))
     name = entry if weights is None else f"{entry}, {weights}"
     return f"| {name} | {len(rows)} | {' | '.join(cells)} | {seconds:.0f} | {peak:.0f} |"
 
