@@ -111,13 +111,14 @@ def run_one(arguments: argparse.Namespace, name: str, seed: int) -> dict[str, An
     for k, phase in enumerate(entry.phases):
         shutil.rmtree(run / f"phase-{k}", ignore_errors=True)  # what an interrupted attempt left
         settings = scaled(phase.overrides, round(phase.share * arguments.images), arguments.work)
+        begin = {"student.start": str(run / f"phase-{k - 1}")} if k > 0 else {}
         done = tune(
-            arguments.work / "teacher" if k == 0 else run / f"phase-{k - 1}",
+            arguments.work / "teacher",
             source,
             out=run / f"phase-{k}",
             recipe="demo",
             objective=phase.objective,
-            overrides=COMMON | settings | {"seed": seed},
+            overrides=COMMON | settings | {"seed": seed} | begin,
         )
         model = done.model()
         curve += curve_of(done.path, reference, arguments) if entry.curve else []

@@ -100,6 +100,21 @@ GRID_DIAL = {
     "objective.step.kind": "heun", "objective.penalty.distance": "squared_l2", "objective.penalty.weight": "one",
 }  # fmt: skip
 
+GAP_DIAL = SOFT | {
+    "objective.segments": [1, 1, 2, 4, 8], "objective.step.kind": "heun", "objective.pairing.kind": "ect",
+    "objective.pairing.schedule.kind": "stages", "objective.pairing.schedule.q": 8,
+    "objective.pairing.schedule.first": 0, "objective.pairing.schedule.last": 0,
+    "objective.pairing.law.kind": "lognormal", "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 1.8,
+}  # fmt: skip
+
+WIDE = {"objective.pairing.law.mean": 0.0, "objective.pairing.law.std": 2.2}
+SLOW_AVERAGE = {"emas": [{"kind": "constant", "beta": 0.998}]}
+
+LOW_WIDE = {
+    "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 2.0, "objective.segments": [1, 2, 4, 8, 8],
+}  # fmt: skip
+CMT_DIAL = {"objective.segments": [1, 1, 2, 4, 8]}
+
 ENTRIES: dict[str, Entry] = {
     "ect": one("objective", "ect", ECT),
     "ct": one("objective", "ct", {"objective.schedule.last": 50}),
@@ -147,6 +162,21 @@ ENTRIES: dict[str, Entry] = {
     "dial-snr": one(
         "recipe", "multistep",
         GRID_DIAL | DECAY | {"objective.penalty.distance": "l2", "objective.penalty.weight": "snr+1"},
+    ),
+    "dial-gaps": one("recipe", "multistep", GAP_DIAL | DECAY),
+    "dial-gaps-squared": one(
+        "recipe", "multistep",
+        GAP_DIAL | DECAY | {"objective.penalty.distance": "squared_l2", "objective.penalty.weight": "c_out"},
+    ),
+    "dial-wide": one("recipe", "multistep", GAP_DIAL | DECAY | WIDE | SLOW_AVERAGE),
+    "cd+slow-decay": one("recipe", "cd", DECAY | SLOW_AVERAGE),
+    "ect+slow-decay": one("recipe", "ect", ECT | DECAY | SLOW_AVERAGE),
+    "cmt": one("recipe", "cmt", DECAY),
+    "cmt-dial": one("recipe", "cmt", DECAY | CMT_DIAL),
+    "cmt-dial-slow": one("recipe", "cmt", DECAY | CMT_DIAL | SLOW_AVERAGE),
+    "dial-recipe": Entry(
+        "recipe",
+        (Phase("cmt", DECAY | CMT_DIAL, 0.25), Phase("multistep", GAP_DIAL | DECAY | SLOW_AVERAGE | LOW_WIDE, 0.75)),
     ),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),

@@ -60,11 +60,20 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
             continue
         if key not in names:
             raise ConfigError(f"There is no setting '{where}'", do=nearest(str(key), names))
-        kwargs[key] = _coerce(hints[key], value, where)
+        kwargs[key] = _coerce(hints[key], _with_kind(cls, key, value), where)
     try:
         return cls(**kwargs)
     except TypeError as error:
         raise ConfigError(f"The settings under '{path or cls.__name__}' are incomplete: {error}") from error
+
+
+def _with_kind(cls: type, key: str, value: Any) -> Any:
+    """``value`` of a field, with the kind of the field's default where it is a mapping that names none."""
+    if not isinstance(value, Mapping) or "kind" in value:
+        return value
+    field = next(f for f in dataclasses.fields(cls) if f.name == key)
+    default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return {"kind": default.kind} | dict(value) if hasattr(default, "kind") else value
 
 
 def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:

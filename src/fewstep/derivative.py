@@ -100,8 +100,11 @@ def _whole_mantissa() -> Iterator[None]:
 
 
 def _try_forward_mode(student: Denoiser) -> str | None:
-    """What is wrong with forward mode on this network, in a few words; None if nothing is."""
-    student, index = student.clone().eval(), torch.arange(2, device=student.device)
+    """What is wrong with forward mode on this network, in a few words; None if nothing is.
+
+    In float64, so that the difference's own rounding is not held against it.
+    """
+    student, index = student.clone().double().eval(), torch.arange(2, device=student.device)
     t = student.sigma_data * torch.tensor([0.3, 3.0], dtype=student.dtype, device=student.device)
     t = t.clamp(student.sigma_min, student.sigma_max)
     landing = (t / 2,) if student.two_time else ()

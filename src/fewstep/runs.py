@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fewstep.backbones import build
@@ -20,13 +19,13 @@ from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
 from fewstep.data import SOURCES, Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
-from fewstep.evaluation.features import PCA_ROWS, open_features
 from fewstep.evaluation.figures import Row
 from fewstep.evaluation.record import rows_from
-from fewstep.objectives import OBJECTIVES
+from fewstep.objectives import OBJECTIVES, Objective
 from fewstep.process import EDM
 from fewstep.recipes import default_recipe
 from fewstep.recipes import recipe as named_recipe
+from fewstep.training.checks import check_fit, check_table
 from fewstep.training.config import DataConfig, RunConfig
 from fewstep.training.feature_space import open_differentiable
 from fewstep.training.finish import finish
@@ -86,6 +85,8 @@ def tune(
     config = replace(config, teacher=config.teacher or named)
     with joined(device) as world:
         model = teacher if isinstance(teacher, Denoiser) else load(teacher)
+        if isinstance(teacher, str | Path):
+            check_teacher(config, Path(teacher))
         source = open_data(config.data) if isinstance(data, str | Path) else data
         check_fit(model, source)
         return _run(config, make_student(model, config), model, source, world, Path(out), watcher, command)
@@ -180,12 +181,44 @@ def configure(
     if objective is not None and objective != config.objective.kind:
         if objective not in OBJECTIVES:
             raise ConfigError(f"There is no objective '{objective}'", do=nearest(objective, OBJECTIVES))
-        config = replace(config, objective=OBJECTIVES[objective]())
+        config = replace(
+            config,
+            objective=_inherit(OBJECTIVES[objective](), config.objective),
+            student=replace(config.student, sampler_times={}, boundary_shift=0.0),  # the recipe's objective's own
+        )
     config = with_overrides(config, overrides or {})
     if config.job != job:
         raise ConfigError(f"These settings are for a run to {config.job}", got=f"job: {config.job}", want=f"job: {job}")
     name = _absolute(data) if isinstance(data, str | Path) else data.name
     return replace(config, data=replace(config.data, source=name))
+
+
+def _inherit(objective: Objective, recipes: Objective) -> Objective:
+    """``objective`` with the recipe's mapping and schedule, which are made for its length, where it has such fields.
+
+    Law and penalty come along with them.
+    """
+    names = ("mapping", "schedule", "law", "penalty")
+    if not all(hasattr(each, name) for each in (objective, recipes) for name in names):
+        return objective
+    return replace(objective, **{name: getattr(recipes, name) for name in names})  # type: ignore[type-var]
+
+
+def check_teacher(config: RunConfig, teacher: Path) -> None:
+    """Refuse a few-step model where the objective follows a diffusion model.
+
+    Raises:
+        ConfigError: ``teacher`` is a tuned run.
+    """
+    if not config.objective.needs_teacher or not (teacher / "config.yaml").is_file():
+        return
+    past = read_run(teacher)
+    if past.job == "tune" and past.objective.kind != "diffusion":
+        raise ConfigError(
+            f"The objective '{config.objective.kind}' follows a diffusion model, and '{teacher}' is a few-step model",
+            got=f"a run tuned with '{past.objective.kind}'",
+            do=f"Give the diffusion model as TEACHER, and that run as the start: --set student.start={teacher}",
+        )
 
 
 def _absolute(path: str | Path) -> str:
@@ -264,41 +297,6 @@ def make_trainer(
     return Trainer(config, student.to(world.device), source, world, teacher, features)
 
 
-def check_fit(model: Denoiser, source: Source) -> None:
-    """Refuse data whose shape or labels do not fit the model.
-
-    Raises:
-        DataError: with both shapes and the remedy.
-    """
-    check_shape(model, source)
-    if model.num_classes and not 1 <= source.num_classes <= model.num_classes:
-        raise DataError(
-            f"The labels of '{source.name}' do not fit the class-conditional model",
-            got=f"{source.num_classes} classes" if source.num_classes else "no labels",
-            want=f"labels of at most {model.num_classes} classes",
-        )
-
-
-def check_shape(model: Denoiser, source: Source) -> None:
-    """Refuse data whose shape is not that of the model's samples.
-
-    Raises:
-        DataError: with both shapes and the remedy.
-    """
-    if tuple(source.shape) != model.sample_shape:
-        have, want = tuple(source.shape), model.sample_shape
-        remedy = []
-        if len(have) == len(want) == 3:
-            remedy += [f"--resize {want[1]}"] if have[1:] != want[1:] and want[1] == want[2] else []
-            remedy += [f"--channels {want[0]}"] if have[0] != want[0] and want[0] in (1, 3) else []
-        raise DataError(
-            f"The images of '{source.name}' do not have the shape that the model was trained for",
-            got=have,
-            want=want,
-            do=f"Add {' '.join(remedy)}" if remedy else "Use data of that shape, or another model",
-        )
-
-
 def demo_teacher() -> Path:
     """The diffusion model of 8x8 digits that the package ships (docs/demo.md says which command made it)."""
     return Path(str(importlib.resources.files("fewstep"))) / "data" / "embedded" / "digits-teacher"
@@ -342,26 +340,6 @@ def _run(
     if world.leads:
         write_text(out / "config.yaml", dump_yaml(config))
     return _finish(trainer, teacher, out, watcher, command)
-
-
-def check_table(config: RunConfig, source: Source) -> None:
-    """Refuse settings of the closing table that would fail only after the training.
-
-    Raises:
-        FewstepError: an unknown feature net, one that does not read this data, or unusable counts.
-    """
-    table = config.eval
-    if table.samples == 0:
-        return
-    if table.samples < 2 or min((*table.steps, *table.teacher_nfe), default=1) < 1:
-        raise ConfigError(
-            "The settings under 'eval' cannot be used",
-            got=f"samples: {table.samples}, steps: {list(table.steps)}, teacher_nfe: {list(table.teacher_nfe)}",
-            want="samples: 0 (no table) or at least 2; steps and teacher_nfe from 1",
-        )
-    if table.features not in ("auto", "pixels"):
-        rows = np.linspace(0, len(source) - 1, min(PCA_ROWS, len(source))).round().astype(np.int64)
-        open_features(table.features, reference=source.read(rows))
 
 
 def _finish(trainer: Trainer, teacher: Denoiser | None, out: Path, watcher: Watcher | None, command: str) -> Run:

@@ -15,11 +15,17 @@ from fewstep.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others; one process alone is a world of size 1."""
+    """This process among the others; one process alone is a world of size 1.
+
+    Args:
+        owns: whether the process group was made here, and is left at the end. A script that calls several runs in one
+            launch makes its own first (``torch.distributed.init_process_group``): a group cannot be made twice.
+    """
 
     rank: int
     size: int
     device: torch.device
+    owns: bool = False
 
     @classmethod
     def join(cls, device: str = "auto") -> World:
@@ -30,14 +36,15 @@ class World:
         """
         rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         chosen = pick_device(device, local)
-        if size > 1 and not dist.is_initialized():
+        owns = size > 1 and not dist.is_initialized()
+        if owns:
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=size)
-        return cls(rank, size, chosen)
+        return cls(rank, size, chosen, owns)
 
     def leave(self) -> None:
-        """Leave the process group."""
-        if self.size > 1 and dist.is_initialized():
+        """Leave the process group, if it was made here."""
+        if self.owns and dist.is_initialized():
             dist.destroy_process_group()
 
     @property

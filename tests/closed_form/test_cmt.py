@@ -71,12 +71,17 @@ def test_the_exact_flow_map_pays_the_solvers_error_alone(solver: str, order: int
     assert costs[-1] < (0.05 if order == 1 else 0.003)
 
 
+def split(trajectory: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and end."""
+    return trajectory[:-1], trajectory[-1]
+
+
 def test_trajectories_end_where_the_teachers_sampler_ends() -> None:
     """Heun's last point is EDM's 18-step sample of a bimodal law from the same noise; the nodes begin at T z."""
     teacher, z = as_denoiser(Mixture().denoise), normal(5, 1)
     objective = CMT(18)
     levels = objective.levels(teacher)
-    states, end = objective.trajectories(teacher, z, levels)
+    states, end = split(objective.trajectories(teacher, z, levels))
     assert states.shape == (18, 5, 1) and len(levels) == 19
     assert torch.equal(states[0], 80 * z) and levels[0] == 80 and levels[-2] == pytest.approx(0.002) and levels[-1] == 0
     for t, x in zip(levels[:-1], states, strict=True):  # the nodes follow the flow
@@ -93,7 +98,7 @@ def test_each_row_is_its_node_of_its_groups_trajectory() -> None:
     levels, want = objective.levels(student), []
     for index in range(6, 14):
         z = Streams(3).normal("noise", torch.tensor([index // 4 * 4]), (SIZE,), torch.float64)
-        states, end = objective.trajectories(TEACHER.teacher, z, levels)  # type: ignore[arg-type]
+        states, end = split(objective.trajectories(TEACHER.teacher, z, levels))
         t = levels[index % 4]
         delta = 0.9 * LAW.denoise(states[index % 4], t) - end
         want.append((1 / t**2 + 4) * delta.square().sum())
@@ -145,7 +150,7 @@ def test_gradients_and_cost(solver: str, evaluations: int) -> None:
     got = torch.autograd.grad(loss.mean(), list(student.parameters()))
     z = rows(0, 8).groups(4).random.normal("noise", normal(8, SIZE))
     levels = objective.levels(student)
-    states, end = objective.trajectories(teacher, z, levels)
+    states, end = split(objective.trajectories(teacher, z, levels))
     member, place = torch.arange(8) // 4, torch.arange(8) % 4
     with rows(0, 8).tape().record():
         out = student(states[place, member], torch.tensor(levels, dtype=torch.float64)[place])
@@ -159,7 +164,7 @@ def test_regression_finds_the_flow_map() -> None:
     """f = a_i x at node i: least squares on trajectories gives a_i = sqrt(lam/(lam + t_i^2)) to the solver's error."""
     objective, teacher = CMT(32, low=0.01), as_denoiser(LAW.denoise, SIZE)
     levels = objective.levels(teacher)
-    states, end = objective.trajectories(teacher, normal(64, SIZE), levels)
+    states, end = split(objective.trajectories(teacher, normal(64, SIZE), levels))
     fitted = (states * end).sum((1, 2)) / states.square().sum((1, 2))
     exact = (LAM / (LAM + torch.tensor(levels[:-1], dtype=torch.float64) ** 2)).sqrt()
     torch.testing.assert_close(fitted, exact, rtol=0.02, atol=0)
@@ -167,9 +172,53 @@ def test_regression_finds_the_flow_map() -> None:
     assert abs(float(fitted[8]) - denoiser) > 10 * abs(float(fitted[8] - exact[8]))
 
 
+@pytest.mark.parametrize("segments", [(8,), (1, 2, 4, 8), (2, 16)])
+def test_rows_land_on_their_segments_lower_edge(segments: tuple[int, ...]) -> None:
+    """With the exact flow map as student and nodes close enough, the loss vanishes for every count; the student is
+    told the edge, and each count's edges are the ones that the jump sampler uses."""
+    objective = CMT(16, segments=segments, penalty=Penalty("squared_l2", "one"))
+    teacher, z = as_denoiser(LAW.denoise, SIZE), normal(4, SIZE)
+    grid = objective.levels(teacher)
+    u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    place, member = torch.arange(64) % 16, torch.arange(64) // 16
+    landing = objective.landing_nodes(place, u)
+    how, edges = objective.sampler(teacher)
+    assert how == "jump" and sorted(edges) == sorted(segments)
+    for k, node in enumerate(landing.tolist()):
+        count = segments[int(u[k] * len(segments))]
+        lower = [*edges[count][1:], 0.0]
+        below = [level for level in lower if level < grid[int(place[k])] * (1 - 1e-12)]
+        assert grid[node] == pytest.approx(max(below))
+    states = objective.trajectories(teacher, z, grid)
+    told: list[Tensor] = []
+
+    class Exact(torch.nn.Module):
+        two_time = True
+
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None, c_landing: Tensor) -> Tensor:
+            told.append(c_landing)
+            return torch.zeros_like(x)
+
+    student = Denoiser(Exact(), EDM(), Parametrization("x0"), sample_shape=(SIZE,))
+    if not objective.two_time:
+        student = as_denoiser(lambda x, t: torch.zeros_like(x), SIZE)
+    loss = objective.loss_at(student, z, member, place, beside=Beside(teacher=teacher), landing=landing)
+    t, s = (torch.tensor(grid, dtype=torch.float64)[node][:, None] for node in (place, landing))
+    goal = (t * states[landing, member] - s * states[place, member]) / (t - s)
+    torch.testing.assert_close(loss, goal.square().sum(1), rtol=1e-9, atol=1e-12)
+    assert len(told) == objective.two_time
+    if told:
+        want = student.parametrization.c_landing(t[:, 0], s[:, 0])
+        torch.testing.assert_close(told[0], torch.stack(want, 1) if isinstance(want, tuple) else want)
+    exact = LAW.flow(states[place, member], t, s)
+    assert (states[landing, member] - exact).square().mean().sqrt() < 0.2
+
+
 def test_bad_input_and_configuration() -> None:
     with pytest.raises(ConfigError, match="at least 2 nodes"):
         CMT(1)
+    with pytest.raises(ConfigError, match="must contain the edges"):
+        CMT(16, segments=(1, 3))
     with pytest.raises(ConfigError, match="must have some noise"):
         CMT(low=0.0)
     with pytest.raises(ConfigError, match="above the highest"):

@@ -324,11 +324,14 @@ SPREAD: dict[str, Settings] = {
 }
 SCRIPT = """
 import json, sys
+import torch.distributed
 import fewstep
+torch.distributed.init_process_group("gloo")  # several runs share one group
 teacher, out, settings, spread = sys.argv[1:]
 for objective, more in json.loads(spread).items():
     fewstep.tune(fewstep.load(teacher).double(), "digits", out=f"{out}/{objective}", objective=objective,
                  overrides=json.loads(settings) | more, device="cpu")
+torch.distributed.destroy_process_group()
 """
 
 
@@ -341,7 +344,7 @@ def test_two_processes_equal_one_in_double(tiny_path: Path, tmp_path: Path) -> N
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(tmp_path / "script.py"), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": sources},
-        text=True, capture_output=True, timeout=240, check=False,
+        text=True, capture_output=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for objective, more in SPREAD.items():
@@ -361,3 +364,20 @@ def test_two_processes_equal_one_in_double(tiny_path: Path, tmp_path: Path) -> N
 def _checkpoint(run: Path, name: str = "images-000000064") -> dict[str, Tensor]:
     files = (run / "checkpoints" / name).glob("*.safetensors")
     return {f"{f.stem}/{k}": v for f in files if f.stem != "sums" for k, v in read_tensors(f).items()}
+
+
+def test_a_few_step_model_is_no_teacher_but_can_be_the_start(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "digits", "--images", "32", "--batch-size", "16", "--set", "eval.samples=0", "--quiet"]
+    mid = tmp_path / "mid"
+    assert main(["tune", str(teacher), *words, "objective.nodes=4", "--objective", "cmt", "--out", str(mid)]) == 0
+    assert main(["tune", str(mid), *words, "--objective", "ecd", "--out", str(tmp_path / "a")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "follows a diffusion model" in said and f"student.start={mid}" in said
+    later = ["tune", str(teacher), *words, f"student.start={mid}", "optim.lr=1e-12", "--objective", "ecd"]
+    assert main([*later, "--out", str(tmp_path / "b")]) == 0
+    begun, tuned = fewstep.load(mid), fewstep.load(tmp_path / "b", weights="ema")
+    for a, b in zip(begun.parameters(), tuned.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert any(not torch.equal(a, b) for a, b in zip(begun.parameters(), fewstep.load(teacher).parameters(), strict=True))

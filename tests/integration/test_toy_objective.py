@@ -50,18 +50,18 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OBJECTIVES, "halving", Halving)
 
 
-SMALL = {"output.sample_images": 0, "batch_size": 256, "optim.name": "adam", "optim.lr": 2e-3, "eval.samples": 0}
+SMALL = {"output.sample_images": 0, "batch_size": 512, "optim.name": "adam", "optim.lr": 2e-3, "eval.samples": 0}
 
 
 def test_one_step_gets_better(registered: None, tmp_path: Path) -> None:
     network = {"model.kwargs": {"width": 64, "depth": 3}}
     before = fewstep.pretrain(
         "gaussians8", out=tmp_path / "teacher", recipe="points-teacher", device="cpu",
-        overrides=SMALL | network | {"images": 40_000},
+        overrides=SMALL | network | {"images": 80_000},
     )  # fmt: skip
     run = fewstep.tune(
         before.path, "gaussians8", out=tmp_path / "run", recipe="points", objective="halving", device="cpu",
-        overrides=SMALL | {"images": 60_000, "objective.clean": 0.2, "objective.law.std": 2.0},
+        overrides=SMALL | {"images": 180_000, "objective.clean": 0.2, "objective.law.std": 2.0},
     )  # fmt: skip
     assert run.config.objective == Halving(clean=0.2, law=Lognormal(0.5, 2.0))
     data = fewstep.open_source("gaussians8")

@@ -22,10 +22,12 @@ from fewstep.config import (
     with_overrides,
 )
 from fewstep.errors import ConfigError
-from fewstep.objectives import ECT, OBJECTIVES, Objective, Diffusion
+from fewstep.objectives import ECT, OBJECTIVES, Diffusion, Multistep, Objective
+from fewstep.objectives.multistep import Gaps
 from fewstep.penalty import Penalty
 from fewstep.process import VP, AnyProcess, DiscreteVP
 from fewstep.times import Constant, Continuous, KarrasUniform, Lognormal, LogUniform, Sigmoid, Stages
+from fewstep.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def test_missing_settings_take_their_defaults() -> None:
             {"objective": {"kind": "eect"}},
             "'objective.kind' is not one of its choices. Got: eect. Did you mean 'ect'?",
         ),
-        ({"objective": {"law": {}}}, "'objective.kind' is not one of its choices"),
+        ({"objective": {"laww": {}}}, "no setting 'objective.laww'. Did you mean 'law'?"),
         (
             {"plan": {"mode": "steddy"}},
             "'plan.mode' is not one of its choices. Got: steddy. Did you mean 'steady'?",
@@ -275,3 +277,11 @@ def test_files(tmp_path: Path) -> None:
 def test_kind_comes_first_in_flat_settings() -> None:
     flat = list(flatten({"law": {"std": 1, "kind": "lognormal"}, "a": {}}))
     assert flat == ["law.kind", "law.std", "a"]
+
+
+def test_a_setting_without_a_kind_is_of_the_default_kind() -> None:
+    assert from_dict(RunConfig, {"objective": {"law": {"std": 1.5}}}).objective == ECT(law=Lognormal(std=1.5))
+    changed = with_overrides(
+        RunConfig(), {"objective.kind": "multistep", "objective.pairing.kind": "ect", "objective.pairing.schedule.q": 4}
+    )
+    assert changed.objective == Multistep(pairing=Gaps(schedule=Stages(q=4.0, last=0)))

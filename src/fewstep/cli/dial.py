@@ -89,20 +89,11 @@ def dial(
     ```
     """
     from fewstep.cli.options import command_line, open_model
-    from fewstep.commit import require_end
     from fewstep.data import open_source
-    from fewstep.evaluation.dial import (
-        Settings,
-        Watch,
-        check,
-        conclusion,
-        model_directory,
-        require_free_times,
-        search,
-    )  # fmt: skip
+    from fewstep.evaluation.dial import Settings, Watch, check, conclusion, model_directory, search
     from fewstep.evaluation.reference import open_reference
     from fewstep.evaluation.statistics_file import is_statistics
-    from fewstep.runs import check_shape
+    from fewstep.training.checks import check_shape
     from fewstep.training.finish import environment
 
     output = Output(quiet, json)
@@ -110,9 +101,7 @@ def dial(
     directory = None if ".py:" in model else model_directory(model)
     place = _place(directory, out, dry)
     denoiser = open_model(model, "ema", network, device)
-    require_free_times(denoiser)
-    if commit:
-        require_end(denoiser)
+    _require_dial(denoiser, commit)
     baseline = None if teacher is None else open_model(teacher, "ema", None, device)
     source: Source | str = data
     if not is_statistics(data):
@@ -152,6 +141,16 @@ def dial(
         )  # fmt: skip
     output.result(result)
     return 0
+
+
+def _require_dial(denoiser: Denoiser, commit: bool) -> None:
+    """Refuse, before the work, a student whose times are settled or, with --commit, one that jumps."""
+    from fewstep.commit import require_end
+    from fewstep.evaluation.dial import require_free_times
+
+    require_free_times(denoiser)
+    if commit:
+        require_end(denoiser)
 
 
 def _write(output: Output, result: dict[str, Any], place: Path | None, directory: Path | None) -> None:

@@ -31,8 +31,9 @@ from fewstep.evaluation.reference import check_comparable
 from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.evaluation.statistics_file import is_statistics
-from fewstep.runs import check_shape, joined
+from fewstep.runs import joined
 from fewstep.sampling import few_step_times, possible_among
+from fewstep.training.checks import check_shape
 from fewstep.world import World
 
 STEPS, SAMPLES, TEACHER_NFE = "1,2,4,8", 5_000, "35"

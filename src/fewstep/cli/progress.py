@@ -21,8 +21,12 @@ WIDE = 120
 """Columns of a terminal that show everything."""
 
 
+SCHEDULE = {"stage": ".0f", "phase": ".0f", "r/t": ".4f", "nodes": ".0f", "share": ".2f"}
+"""Numbers of an objective's schedule -> how they are written."""
+
+
 class _Numbers(ProgressColumn):
-    """stage, r/t, loss and images/s, as far as they are known."""
+    """The schedule, loss and images/s, as far as they are known."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("numbers", ""), no_wrap=True)
@@ -110,9 +114,8 @@ class Live(Watcher):
 
 
 def _numbers(row: dict[str, Any], narrow: bool = False) -> str:
-    parts = []
-    if "stage" in row:
-        parts.append(f"stage {row['stage']:.0f} r/t {row['r/t']:.4f}")
+    schedule = [f"{name} {row[name]:{form}}" for name, form in SCHEDULE.items() if name in row]
+    parts = [" ".join(schedule)] if schedule else []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4g}")
     if "images_per_second" in row:

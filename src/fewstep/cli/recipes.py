@@ -13,6 +13,10 @@ def recipes(
     name: Annotated[str | None, Parameter(help="Show this preset whole, as YAML for --config.")] = None,
     /,
     *,
+    objective: Annotated[
+        str | None,
+        Parameter(help="Show NAME with this objective's settings, as fewstep tune --objective has them."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """List the presets, or show one whole.
@@ -25,17 +29,23 @@ def recipes(
     ```
     fewstep recipes
     fewstep recipes fast > mine.yaml
+    fewstep recipes fast --objective multistep
     fewstep tune teacher --data photos.zip --config mine.yaml --out run
     ```
     """
     from rich.table import Table
 
     from fewstep.config import dump_yaml, to_dict
+    from fewstep.errors import ConfigError
     from fewstep.recipes import RECIPES, recipe
+    from fewstep.runs import configure
 
     output = Output(False, json)
+    if objective is not None and name is None:
+        raise ConfigError("An objective is shown in a recipe", do=f"fewstep recipes fast --objective {objective}")
     if name is not None:
         config = recipe(name)
+        config = configure(config.job, name, objective, None, config.data.source) if objective is not None else config
         output.result(to_dict(config))
         if not json:
             print(dump_yaml(config), end="")

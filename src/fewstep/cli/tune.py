@@ -36,7 +36,9 @@ def tune(
     data: DataOption,
     out: Annotated[Path, Parameter(help="The run directory to write.")],
     recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
-    objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
+    objective: Annotated[
+        str | None, Parameter(help="One of those above, with its own settings. Default: the recipe's (ect).")
+    ] = None,
     images: Images = None,
     batch_size: TrainBatch = None,
     resize: Resize = None,
@@ -55,11 +57,29 @@ def tune(
     `fewstep resume OUT` goes on (on a CPU: to the same bits). On several GPUs:
     `torchrun --nproc-per-node N -m fewstep tune ...`.
 
+    Objectives; docs/objectives.md says which, when, and what its settings are:
+
+    ```
+    ect        ever tighter pairs on the data's own noise; start here
+    ecd        the same along the teacher's ODE
+    ct, ict    consistency training on a grid that grows
+    cd         consistency distillation along the teacher's ODE
+    tcm        ect, then large noise alone: for one and two steps
+    multistep  segments: sampled in as many jumps, 4 or 8
+    tract      phases that each shrink the number of steps
+    scm        continuous time, no gap: sCT, sCD
+    meanflow   average velocities: any number of jumps
+    ctm        every jump against the teacher's: any number of jumps
+    cmt        mid-training on the teacher's trajectories, before ect
+    diffusion  plain denoising, as fewstep pretrain
+    ```
+
     For example:
 
     ```
     fewstep tune teacher --data photos.zip --recipe fast --out run
     fewstep tune teacher --data photos.zip --set optim.lr=2e-4 objective.schedule.q=4 --out run
+    fewstep tune teacher --data photos.zip --objective cd --set objective.nodes=10 --out run
     ```
     """
     from fewstep import runs

@@ -17,7 +17,7 @@ from fewstep.errors import ConfigError
 from fewstep.jumps import Model, ddim
 from fewstep.objectives.base import to_device
 from fewstep.objectives.bridges import require_teacher
-from fewstep.objectives.pairs import Pair, target_pass
+from fewstep.objectives.pairs import Pair, rows_where, target_pass
 from fewstep.process import expand
 from fewstep.randomness import DropoutTape
 from fewstep.segments import Clocks
@@ -43,7 +43,7 @@ class Triple:
 
 def place(x_0: Samples, eps: Samples, clocks: Clocks, cond: Condition | None = None) -> Triple:
     """Host times on the device; which rows have a target is decided here, without asking the device."""
-    rows = torch.from_numpy((clocks.r > clocks.s).numpy().nonzero()[0]).to(x_0.device, non_blocking=True)
+    rows = rows_where(clocks.r > clocks.s, x_0)
     host = (clocks.t, clocks.r, clocks.gap, clocks.s, clocks.share, clocks.clean_gap)
     t, r, gap, s, share, clean_gap = (to_device(v, x_0) for v in host)
     return Triple(Pair(x_0, eps, t, r, gap, rows, cond), s, share, clean_gap)

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
-from fewstep.jumps import euler_step, heun_step
+from fewstep.jumps import euler_step, heun_step, inv_ddim
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
 from fewstep.objectives.bridges import require_teacher
 from fewstep.objectives.feature_distance import FeatureDistance
@@ -19,6 +19,7 @@ from fewstep.objectives.pairs import network_pass
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
 from fewstep.sampling import karras_grid
+from fewstep.segments import Axis, axis_of
 from fewstep.types import Batch, Condition, PerSample, Progress, Samples
 
 
@@ -44,6 +45,8 @@ class CMT(Objective):
         low: the lowest node, in units of noise; the highest is the model's sigma_max. EDM's spacing between.
         penalty: distance and weight (t - r is t).
         distance: measures in feature space instead.
+        segments: where rows land. (1,) is the end, as published. With S > 1 it is the lower edge of the node's segment,
+            of S equal ones; of several counts each row draws one, and the student is told where (ours; experimental).
     """
 
     nodes: int = 16
@@ -51,6 +54,7 @@ class CMT(Objective):
     low: float = 0.002
     penalty: Penalty = field(default_factory=lambda: Penalty("l2", "one"))
     distance: FeatureDistance | None = None
+    segments: tuple[int, ...] = (1,)
     kind: ClassVar[str] = "cmt"
 
     def __post_init__(self) -> None:
@@ -59,9 +63,35 @@ class CMT(Objective):
         if not self.low > 0:
             raise ConfigError("The lowest node of a trajectory must have some noise", got=self.low, want="low > 0")
 
+        if not self.segments or min(self.segments) < 1 or any(self.nodes % count for count in self.segments):
+            raise ConfigError(
+                "The nodes of a trajectory must contain the edges of its segments",
+                got=f"{self.nodes} nodes, segments {self.segments}",
+                want="counts of segments that divide the number of nodes, for example 1, 2, 4, 8 and 16 nodes",
+            )
+
     @property
     def needs_teacher(self) -> bool:
         return True
+
+    @property
+    def lands_early(self) -> bool:
+        """Whether some rows land above time 0."""
+        return self.segments != (1,)
+
+    @property
+    def two_time(self) -> bool:
+        return len(set(self.segments)) > 1
+
+    def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
+        if not self.lands_early:
+            return "consistency", {}
+        axis = self.axis(student)
+        return "jump", {count: axis.levels(count) for count in sorted(set(self.segments))}
+
+    def axis(self, student: Denoiser) -> Axis:
+        """EDM's spacing of noise levels, between those the student knows."""
+        return axis_of("karras", student.sigma_data, student.sigma_min, student.sigma_max)
 
     @property
     def features(self) -> str | None:
@@ -69,6 +99,8 @@ class CMT(Objective):
 
     def levels(self, student: Denoiser) -> list[float]:
         """Noise levels of the nodes, largest first, and the final 0."""
+        if self.lands_early:
+            return self.axis(student).edges(self.nodes).flip(0).tolist()
         return karras_grid(self.nodes, max(self.low, student.sigma_min), student.sigma_max)
 
     def prepare(self, student: Denoiser) -> CMT:
@@ -86,7 +118,14 @@ class CMT(Objective):
         z = groups.random.normal("noise", batch.x)
         first, member = (v.to(z.device, non_blocking=True) for v in (groups.first, groups.member))
         cond = None if batch.cond is None else batch.cond[first]
-        return LossOutput(self.loss_at(student, z, member, groups.place, cond, random.tape(), beside))
+        end = self.landing_nodes(groups.place, random.uniform("segments"))
+        return LossOutput(self.loss_at(student, z, member, groups.place, cond, random.tape(), beside, end))
+
+    def landing_nodes(self, place: Tensor, u: Tensor) -> Tensor:
+        """The node where each row lands, int64 ``[b]``: its segment's lower edge, for a count that ``u [b]`` draws."""
+        counts = torch.tensor(self.segments)[(u * len(self.segments)).long().clamp_max(len(self.segments) - 1)]
+        length = self.nodes // counts
+        return (place // length + 1) * length
 
     def loss_at(
         self,
@@ -97,6 +136,7 @@ class CMT(Objective):
         cond: Condition | None = None,
         tape: DropoutTape | None = None,
         beside: Beside = ALONE,
+        landing: Tensor | None = None,
     ) -> PerSample:
         """The loss on nodes of explicit trajectories, ``[b]``.
 
@@ -104,25 +144,29 @@ class CMT(Objective):
             z: standard noise, one per trajectory, ``[g, ...]``; cond: their labels ``[g, num_classes]`` or None.
             member: each row's trajectory, int64 ``[b]``, on the device.
             place: its node, 0 the noisiest, int64 ``[b]``, on the host.
+            landing: the node where it lands, int64 ``[b]``, on the host; default: the end.
         """
-        levels = self.levels(student)
-        states, end = self.trajectories(require_teacher(beside.teacher), z, levels, cond)
-        t = to_device(torch.tensor(levels, dtype=torch.float64)[place], z)
-        node = place.to(z.device, non_blocking=True)
+        landing = torch.full_like(place, self.nodes) if landing is None else landing
+        grid = self.levels(student)
+        states = self.trajectories(require_teacher(beside.teacher), z, grid, cond)
+        levels = torch.tensor(grid, dtype=torch.float64)
+        t, s = (to_device(levels[node], z) for node in (place, landing))
+        here, there = (states[node.to(z.device, non_blocking=True), member] for node in (place, landing))
         labels = None if cond is None else cond[member]
-        out = network_pass(student, states[node, member], t, labels, tape and tape.record())
+        out = network_pass(student, here, t, labels, tape and tape.record(), s if self.two_time else None)
+        goal = inv_ddim(there, here, t, s)
         if self.distance is not None:
-            return self.distance(self.penalty, out, end[member], t, t, student.sigma_data, beside.features)
-        return self.penalty(out - end[member], t, t, student.sigma_data)
+            return self.distance(self.penalty, out, goal, t, t, student.sigma_data, beside.features)
+        return self.penalty(out - goal, t, t, student.sigma_data)
 
     @torch.no_grad()
     def trajectories(
         self, teacher: Denoiser, z: Samples, levels: list[float], cond: Condition | None = None
-    ) -> tuple[Samples, Samples]:
-        """States at the nodes, ``[nodes, g, ...]``, and where they end, ``[g, ...]``."""
+    ) -> Samples:
+        """States at the nodes and at the end, ``[nodes + 1, g, ...]``."""
         ones = to_device(torch.ones(len(z), dtype=torch.float64), z)
         states = [levels[0] * z]
         for t, r in itertools.pairwise(levels):
             step = heun_step if self.solver == "heun" and r > 0 else euler_step
             states.append(step(teacher, states[-1], t * ones, r * ones, cond))
-        return torch.stack(states[:-1]), states[-1]
+        return torch.stack(states)

@@ -14,12 +14,12 @@ from fewstep.errors import ConfigError
 from fewstep.jumps import ddim, heun_step
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
 from fewstep.objectives.bridges import require_teacher
-from fewstep.objectives.pairs import Pair, network_pass, target_pass
+from fewstep.objectives.pairs import Pair, draw_times, network_pass, rows_where, target_pass
 from fewstep.penalty import Penalty
 from fewstep.process import expand
 from fewstep.randomness import DropoutTape
 from fewstep.segments import axis_of
-from fewstep.times import Law, Lognormal, draw
+from fewstep.times import Law, Lognormal
 from fewstep.types import Batch, Condition, PerSample, Progress, Samples, Times
 
 
@@ -105,8 +105,7 @@ class CTM(Objective):
         eps, tape = random.normal("noise", batch.x), random.tape()
         loss = self.loss_at(student, batch.x, route, eps, batch.cond, tape, beside)
         if self.weight > 0:
-            high = student.sigma_max if student.sigma_min > 0 else float("inf")
-            t = draw(self.law, random.uniform("denoising"), student.sigma_min, high)
+            t = draw_times(self.law, student, random, "denoising")
             loss = loss + self.weight * self.denoising_at(student, batch.x, t, eps, batch.cond, random.tape())
         return LossOutput(loss)
 
@@ -136,7 +135,7 @@ class CTM(Objective):
         beside: Beside = ALONE,
     ) -> PerSample:
         """The comparison at explicit times (on the host) and noise, ``[b]``."""
-        apart, above = (_rows(c).to(x_0.device, non_blocking=True) for c in (route.levels[-1] > route.s, route.s > 0))
+        apart, above = (rows_where(c, x_0) for c in (route.levels[-1] > route.s, route.s > 0))
         times = (route.levels[0], route.levels[-1], route.levels[0] - route.levels[-1])
         t, u, gap = (to_device(v, x_0) for v in times)
         both = Pair(x_0, eps, t, u, gap, apart, cond)
@@ -170,7 +169,3 @@ def _push(
     some = None if cond is None else cond[rows]
     out = network_pass(target, x_s[rows], s[rows], some, tape and tape.replay(rows), torch.zeros_like(s[rows]))
     return x_s.index_copy(0, rows, out)
-
-
-def _rows(where: Tensor) -> Tensor:
-    return torch.from_numpy(where.numpy().nonzero()[0])

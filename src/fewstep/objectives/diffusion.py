@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
+from fewstep.objectives.pairs import draw_times
 from fewstep.penalty import Penalty
-from fewstep.times import Law, Lognormal, draw
+from fewstep.times import Law, Lognormal
 from fewstep.types import Batch, PerSample, Progress
 
 
@@ -31,7 +32,7 @@ class Diffusion(Objective):
         self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
     ) -> LossOutput:
         """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
-        t = draw(self.law, random.uniform("times"), student.sigma_min)
+        t = draw_times(self.law, student, random)
         eps = random.normal("noise", batch.x)
         with random.tape().record():
             per_sample = self.loss_at(student, batch.x, t, eps, batch.cond)

@@ -56,12 +56,12 @@ class Gaps:
     """ECT's law of t and its gap, inside segments: ``r = max(t - (t - s) n(t)/q^a, s)`` (math.md 3.5; experimental).
 
     Args:
-        law, mapping, schedule: as ECT's.
+        law, mapping: as ECT's. schedule: as ECT's, too; by default the same q^a = 16 at any length of a run.
     """
 
     law: Law = field(default_factory=Lognormal)
     mapping: Mapping = field(default_factory=Sigmoid)
-    schedule: Schedule = field(default_factory=Stages)
+    schedule: Schedule = field(default_factory=lambda: Stages(q=16.0, last=0))
     kind: ClassVar[str] = "ect"
 
     def clocks(self, axis: Axis, counts: Tensor, student: Denoiser, progress: Progress, random: StepRandom) -> Clocks:

@@ -55,10 +55,10 @@ class Bridge(Protocol):
         ...
 
 
-def draw_times(law: Law, student: Denoiser, random: StepRandom) -> Times:
+def draw_times(law: Law, student: Denoiser, random: StepRandom, stream: str = "times") -> Times:
     """Times of the law on the host, float64 ``[b]``, within what the student's network knows."""
     high = student.sigma_max if student.sigma_min > 0 else float("inf")
-    return draw(law, random.uniform("times"), student.sigma_min, high)
+    return draw(law, random.uniform(stream), student.sigma_min, high)
 
 
 def make_pair(

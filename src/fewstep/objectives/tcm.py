@@ -14,7 +14,7 @@ from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ScheduleError
 from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom, to_device
 from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import draw_times, make_pair, network_pass, target_pass
+from fewstep.objectives.pairs import draw_times, make_pair, network_pass, rows_where, target_pass
 from fewstep.objectives.two_point import TwoPoint
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
@@ -105,6 +105,7 @@ class TCM(TwoPoint):
                 got=self.transition,
                 want=f"below the model's {student.sigma_max:g}",
             )
+        super().prepare(student)
         return self
 
     def truncated(self, progress: Progress) -> bool:
@@ -115,9 +116,9 @@ class TCM(TwoPoint):
         return ("frozen",)
 
     def follow(self, name: str, progress: Progress, batch_size: int) -> tuple[str, float]:
-        """The frozen model is the student until the second stage takes its first step."""
+        """The frozen model is the student after the first stage's last step."""
         taken = Progress(progress.images_seen - batch_size, progress.total_images)
-        return "student", 1.0 if self.truncated(taken) else 0.0
+        return "student", 0.0 if self.truncated(progress) and not self.truncated(taken) else 1.0
 
     def sampler(self, student: Denoiser) -> tuple[Sampler, dict[int, tuple[float, ...]]]:
         """sigma_max, then levels down to t', evenly spaced in ln sigma over a factor ``16^(1 - 2/steps)``."""
@@ -177,8 +178,8 @@ class TCM(TwoPoint):
             raise ScheduleError("Times below TCM's transition train nothing", got=lowest, want=f">= {self.transition}")
         r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
         both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low)
-        above = _rows(r >= self.transition, x_0)
-        below = _rows((r > 0) & (r < self.transition), x_0)
+        above = rows_where(r >= self.transition, x_0)
+        below = rows_where((r > 0) & (r < self.transition), x_0)
         x_t = both.x_t
         out = network_pass(student, x_t, both.t, cond, tape and tape.record())
         goal = self.bridge(both, x_t, None)
@@ -198,8 +199,3 @@ class TCM(TwoPoint):
         ratio = self.schedule.ratio(progress)
         stage = float(self.schedule.stage(progress))
         return {"stage": stage, "r/t": 1 - 1 / ratio, "truncated": float(self.truncated(progress))}
-
-
-def _rows(chosen: Tensor, like: Samples) -> Tensor:
-    """Where a host mask is true, int64, on the device of ``like``."""
-    return torch.from_numpy(chosen.numpy().nonzero()[0]).to(like.device, non_blocking=True)

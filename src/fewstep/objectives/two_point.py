@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from fewstep.denoiser import Denoiser
+from fewstep.errors import ConfigError
 from fewstep.objectives.base import Beside, Objective
-from fewstep.objectives.bridges import DataRay
+from fewstep.objectives.bridges import DataRay, GuidedRay, ReferenceBatch
+from fewstep.objectives.couplings import Independent
 from fewstep.objectives.levers import Levers
 from fewstep.objectives.pairs import Bridge, Pair, predictions
 from fewstep.penalty import Penalty
@@ -31,6 +33,26 @@ class TwoPoint(Objective):
 
     def extra(self, student: Denoiser) -> nn.Module | None:
         return self.levers.extra(student)
+
+    def prepare(self, student: Denoiser) -> Objective:
+        """Refuse a guidance without classes, and a coupling where the bridge needs independent noise.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+        if getattr(self.bridge, "guidance", 1.0) != 1 and not student.num_classes:
+            raise ConfigError(
+                "Guidance needs a class-conditional model",
+                got="an unconditional one",
+                do="Set objective.bridge.guidance=1",
+            )
+        if isinstance(self.bridge, ReferenceBatch | GuidedRay) and not isinstance(self.levers.coupling, Independent):
+            raise ConfigError(
+                f"The bridge '{self.bridge.kind}' is only right for noise that is independent of the image",
+                got=f"coupling '{self.levers.coupling.kind}'",
+                do="Choose one of the two: objective.bridge.kind=data, or objective.levers.coupling.kind=independent",
+            )
+        return self
 
     def gap_loss(
         self, student: Denoiser, target: Denoiser, both: Pair, tape: DropoutTape | None, beside: Beside

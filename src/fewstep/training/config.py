@@ -62,14 +62,15 @@ class StudentConfig:
     """How the tuned network differs from its teacher.
 
     Args:
-        start: "teacher" copies its weights; "fresh" starts its architecture from seeded weights (cold start).
+        start: "teacher" copies its weights; "fresh" starts its architecture from seeded weights (cold start); else the
+            path of a model or run of that architecture, for example one that was mid-trained with cmt.
         dropout: probability in every dropout layer while tuning; None keeps the teacher's.
         dropout_max_resolution: change only layers that act at this resolution or below (EDM2 recipes: 16).
         boundary_shift: of the tuned model at evaluation (ECT's public code: 0.003).
         sampler_times: step count -> noise levels that the tuned model carries ("2": [80, 0.821]).
     """
 
-    start: Literal["teacher", "fresh"] = "teacher"
+    start: str = "teacher"
     dropout: float | None = None
     dropout_max_resolution: int | None = None
     boundary_shift: float = 0.0

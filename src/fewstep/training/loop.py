@@ -107,7 +107,7 @@ def train(trainer: Trainer, run: Path, watcher: Watcher) -> None:
 def draw_grids(trainer: Trainer, run: Path) -> Iterator[Path]:
     """Samples of the first average at 1 and 2 steps, same noise every time, as pictures."""
     model = trainer.averages[0]
-    for steps in possible_among(model, GRID_STEPS) if trainer.config.job == "tune" else (2,):
+    for steps in possible_among(model, GRID_STEPS if trainer.config.job == "tune" else (2,)):
         path = run / "samples" / f"images-{trainer.images_seen:09d}-{steps}step.png"
         yield draw_grid(trainer, model, steps, path)
 

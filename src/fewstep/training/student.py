@@ -9,6 +9,7 @@ import torch
 
 from fewstep.backbones import build
 from fewstep.backbones.two_time import with_landing
+from fewstep.checkpoint.model import load
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
 from fewstep.sampling import check_times
@@ -16,9 +17,14 @@ from fewstep.training.config import RunConfig
 
 
 def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
-    """An independent copy of the teacher (or its network with fresh weights), prepared as the configuration asks."""
-    student = teacher.clone()
-    if config.student.start == "fresh":
+    """An independent copy of the teacher, or another start of its network, prepared as the configuration asks.
+
+    Raises:
+        ConfigError, CheckpointError: ``student.start`` is no such start.
+    """
+    start = config.student.start
+    student = teacher.clone() if start in ("teacher", "fresh") else _like(load(start), teacher)
+    if start == "fresh":
         student.backbone = _fresh(teacher, config.seed)
     if not any(p.requires_grad for p in student.parameters()):
         student.requires_grad_(True)
@@ -26,6 +32,18 @@ def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
         shifted = replace(student.parametrization, boundary_shift=config.student.boundary_shift)
         student = student.with_parametrization(shifted)
     return equip(student, config)
+
+
+def _like(start: Denoiser, teacher: Denoiser) -> Denoiser:
+    """The model to start from, on the teacher's device, if it makes what the teacher makes."""
+    same = (start.sample_shape, start.num_classes) == (teacher.sample_shape, teacher.num_classes)
+    if not same or start.sigma_data != teacher.sigma_data:
+        raise ConfigError(
+            "The model that the student starts from is not of the teacher's kind",
+            got=f"samples {start.sample_shape}, {start.num_classes} classes, sigma_data {start.sigma_data}",
+            want=f"samples {teacher.sample_shape}, {teacher.num_classes} classes, sigma_data {teacher.sigma_data}",
+        )
+    return start.to(teacher.device)
 
 
 def _fresh(teacher: Denoiser, seed: int) -> torch.nn.Module:

@@ -87,7 +87,7 @@ class Trainer:
         device, objective = self.world.device, self.objective
         frozen = None
         if objective.needs_teacher:
-            frozen = _frozen_copy(require_teacher(teacher)).to(device).under(EDM())
+            frozen = _frozen_copy(_diffusion_model(require_teacher(teacher))).to(device).under(EDM())
         companions = {name: _frozen_copy(self.student) for name in objective.companions()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -283,6 +283,16 @@ def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
 
 def _frozen_copy(student: Denoiser) -> Denoiser:
     return student.clone().requires_grad_(False).eval()
+
+
+def _diffusion_model(teacher: Denoiser) -> Denoiser:
+    """Refuse a student of jumps, whose output without a landing time is no denoiser."""
+    if teacher.two_time or teacher.sampler == "jump":
+        raise ConfigError(
+            "The objective follows a diffusion model, and the teacher is a few-step model",
+            do="Give the diffusion model as teacher, and the few-step model as the start: student.start=PATH",
+        )
+    return teacher
 
 
 @torch.no_grad()
