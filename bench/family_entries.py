@@ -110,6 +110,9 @@ GAP_DIAL = SOFT | {
 WIDE = {"objective.pairing.law.mean": 0.0, "objective.pairing.law.std": 2.2}
 SLOW_AVERAGE = {"emas": [{"kind": "constant", "beta": 0.998}]}
 
+CALM = {
+    "optim.lr": 5e-4, "optim.schedule": "linear", "optim.decay_share": 1.0, "emas": [{"kind": "constant", "beta": 0.999}],
+}  # fmt: skip
 LOW_WIDE = {
     "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 2.0, "objective.segments": [1, 2, 4, 8, 8],
 }  # fmt: skip
@@ -177,6 +180,11 @@ ENTRIES: dict[str, Entry] = {
     "dial-recipe": Entry(
         "recipe",
         (Phase("cmt", DECAY | CMT_DIAL, 0.25), Phase("multistep", GAP_DIAL | DECAY | SLOW_AVERAGE | LOW_WIDE, 0.75)),
+    ),
+    "dial-wide-again": Entry(
+        "recipe",
+        (Phase("multistep", GAP_DIAL | DECAY | WIDE | SLOW_AVERAGE, 0.5),
+         Phase("multistep", GAP_DIAL | WIDE | CALM, 0.5)),
     ),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),

@@ -69,7 +69,7 @@ def tune(
     Args:
         teacher: a denoiser, or the path of a model, run or converted checkpoint.
         data: a source, or its spec ("digits", a folder, a zip, an npz).
-        recipe: a name in RECIPES; default "fast".
+        recipe: a name in RECIPES; default "mid", or "fast" where something is said about the objective.
         objective: a name in OBJECTIVES; default: the recipe's.
         overrides: dotted paths, ``{"optim.lr": 1e-4, "images": 50_000}``.
         device: "auto", "cpu", "cuda", ...
@@ -172,7 +172,8 @@ def configure(
     job: str, recipe: str | None, objective: str | None, overrides: Mapping[str, Any] | None, data: Source | str | Path
 ) -> RunConfig:
     """The whole configuration of a run: recipe, then objective, then overrides."""
-    config = named_recipe(recipe) if recipe is not None else default_recipe(job)
+    about_objective = objective is not None or any(path.split(".")[0] == "objective" for path in overrides or {})
+    config = named_recipe(recipe) if recipe is not None else default_recipe(job, about_objective=about_objective)
     if config.job != job:
         raise ConfigError(
             f"The recipe '{config.recipe}' is not one to {job} with",
@@ -196,8 +197,9 @@ def configure(
 def _inherit(objective: Objective, recipes: Objective) -> Objective:
     """``objective`` with the recipe's mapping and schedule, which are made for its length, where it has such fields.
 
-    Law and penalty come along with them.
+    Law and penalty come along with them. Of a sequence, its second part counts.
     """
+    recipes = getattr(recipes, "then", recipes)
     names = ("mapping", "schedule", "law", "penalty")
     if not all(hasattr(each, name) for each in (objective, recipes) for name in names):
         return objective

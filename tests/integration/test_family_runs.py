@@ -367,17 +367,19 @@ def _checkpoint(run: Path, name: str = "images-000000064") -> dict[str, Tensor]:
 
 
 def test_a_few_step_model_is_no_teacher_but_can_be_the_start(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--data", "digits", "--images", "32", "--batch-size", "16", "--set", "eval.samples=0", "--quiet"]
     mid = tmp_path / "mid"
-    assert main(["tune", str(teacher), *words, "objective.nodes=4", "--objective", "cmt", "--out", str(mid)]) == 0
+    assert main(["tune", str(tiny_path), *words, "objective.nodes=4", "--objective", "cmt", "--out", str(mid)]) == 0
     assert main(["tune", str(mid), *words, "--objective", "ecd", "--out", str(tmp_path / "a")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "follows a diffusion model" in said and f"student.start={mid}" in said
-    later = ["tune", str(teacher), *words, f"student.start={mid}", "optim.lr=1e-12", "--objective", "ecd"]
+    later = ["tune", str(tiny_path), *words, f"student.start={mid}", "optim.lr=1e-12", "--objective", "ecd"]
     assert main([*later, "--out", str(tmp_path / "b")]) == 0
     begun, tuned = fewstep.load(mid), fewstep.load(tmp_path / "b", weights="ema")
     for a, b in zip(begun.parameters(), tuned.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert any(not torch.equal(a, b) for a, b in zip(begun.parameters(), fewstep.load(teacher).parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(begun.parameters(), fewstep.load(tiny_path).parameters(), strict=True)
+    )

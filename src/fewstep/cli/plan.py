@@ -32,7 +32,9 @@ def plan(
     /,
     *,
     data: DataOption,
-    recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
+    recipe: Annotated[
+        str | None, Parameter(help="A preset; see fewstep recipes. Default: mid (fast if you set the objective).")
+    ] = None,
     objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
     images: Images = None,
     batch_size: TrainBatch = None,

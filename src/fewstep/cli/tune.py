@@ -35,7 +35,9 @@ def tune(
     *,
     data: DataOption,
     out: Annotated[Path, Parameter(help="The run directory to write.")],
-    recipe: Annotated[str | None, Parameter(help="A preset; see fewstep recipes. Default: fast.")] = None,
+    recipe: Annotated[
+        str | None, Parameter(help="A preset; see fewstep recipes. Default: mid (fast if you set the objective).")
+    ] = None,
     objective: Annotated[
         str | None, Parameter(help="One of those above, with its own settings. Default: the recipe's (ect).")
     ] = None,

@@ -14,6 +14,7 @@ from fewstep.objectives.ict import ICT
 from fewstep.objectives.meanflow import MeanFlow
 from fewstep.objectives.multistep import Multistep
 from fewstep.objectives.scm import SCM
+from fewstep.objectives.sequence import Sequence
 from fewstep.objectives.tcm import TCM
 from fewstep.objectives.tract import TRACT
 
@@ -29,6 +30,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "meanflow": MeanFlow,
     "multistep": Multistep,
     "scm": SCM,
+    "sequence": Sequence,
     "tcm": TCM,
     "tract": TRACT,
 }
@@ -53,5 +55,6 @@ __all__ = [
     "MeanFlow",
     "Multistep",
     "Objective",
+    "Sequence",
     "StepRandom",
 ]

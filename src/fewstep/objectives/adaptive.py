@@ -83,8 +83,9 @@ def curvature(teacher: Denoiser, x_t: Samples, t: Times, cond: Condition | None)
     ``dD/dt = -t d^2x/dt^2``: where the trajectory is straight D is constant, so this is its curvature.
     """
     near = (t * math.exp(-PROBE)).clamp_min(teacher.sigma_min)
-    here = teacher(x_t, t, cond)
-    there = teacher(ddim(here, x_t, t, near), near, cond)
+    with torch.autocast(x_t.device.type, enabled=False):  # the change is below bf16's rounding at small t
+        here = teacher(x_t, t, cond)
+        there = teacher(ddim(here, x_t, t, near), near, cond)
     least = LEAST * teacher.sigma_data * math.sqrt(x_t[0].numel())
     change = (here - there).to(t.dtype).flatten(1).norm(dim=1).clamp_min(least)
     return change / (t / near).log().clamp_min(LEAST)
