@@ -68,12 +68,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
 
 
 def _with_kind(cls: type, key: str, value: Any) -> Any:
-    """``value`` of a field, with the kind of the field's default where it is a mapping that names none."""
+    """``value`` of a field; where it is a mapping that names no kind, the field's default with ``value`` on top."""
     if not isinstance(value, Mapping) or "kind" in value:
         return value
     field = next(f for f in dataclasses.fields(cls) if f.name == key)
     default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return {"kind": default.kind} | dict(value) if hasattr(default, "kind") else value
+    return to_dict(default) | dict(value) if hasattr(default, "kind") else value
 
 
 def with_overrides(config: T, overrides: Mapping[str, Any]) -> T:

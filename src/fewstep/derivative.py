@@ -99,12 +99,24 @@ def _whole_mantissa() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
 
 
+def _in_float64(student: Denoiser) -> Denoiser:
+    """A copy in eval mode; in its own precision if its network casts inside."""
+    twin = student.clone().double().eval()
+    x = torch.zeros(1, *student.sample_shape, dtype=torch.float64, device=student.device)
+    try:
+        with torch.no_grad():
+            twin(x, student.sigma_data)
+    except RuntimeError:
+        return student.clone().eval()
+    return twin
+
+
 def _try_forward_mode(student: Denoiser) -> str | None:
     """What is wrong with forward mode on this network, in a few words; None if nothing is.
 
-    In float64, so that the difference's own rounding is not held against it.
+    In float64 where the network can, so that the difference's own rounding is not held against it.
     """
-    student, index = student.clone().double().eval(), torch.arange(2, device=student.device)
+    student, index = _in_float64(student), torch.arange(2, device=student.device)
     t = student.sigma_data * torch.tensor([0.3, 3.0], dtype=student.dtype, device=student.device)
     t = t.clamp(student.sigma_min, student.sigma_max)
     landing = (t / 2,) if student.two_time else ()

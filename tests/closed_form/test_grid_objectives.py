@@ -25,7 +25,7 @@ from fewstep.objectives.pairs import make_pair
 from fewstep.penalty import Penalty
 from fewstep.process import EDM
 from fewstep.randomness import DropoutTape, Streams
-from fewstep.times import Constant, Sigmoid, pair
+from fewstep.times import Constant, Sigmoid, Stages, pair
 from fewstep.training.config import RunConfig
 from fewstep.training.trainer import Trainer
 from fewstep.types import Batch, Progress
@@ -234,9 +234,11 @@ def test_an_ecd_step_draws_as_ect_does() -> None:
     """With a teacher that knows x_0, the whole step is ECT's."""
     student, x = network(), normal(16, SIZE)
     beside = Beside(as_denoiser(lambda x_t, t: x, SIZE))
-    want = ECT().loss(student, Batch(x), Progress(0, 100), step_random(16)).per_sample
-    close(ECD().loss(student, Batch(x), Progress(0, 100), step_random(16), beside).per_sample, want, 1e-10)
-    assert ECD().describe(Progress(0, 100)) == ECT().describe(Progress(0, 100))
+    ect, ecd = ECT(), ECD(schedule=Stages())
+    want = ect.loss(student, Batch(x), Progress(0, 100), step_random(16)).per_sample
+    close(ecd.loss(student, Batch(x), Progress(0, 100), step_random(16), beside).per_sample, want, 1e-10)
+    assert ecd.describe(Progress(0, 100)) == ect.describe(Progress(0, 100))
+    assert ECD().schedule.ratio(Progress(0, 100)) == 4  # Heun's step is wrong where r/t is small
 
 
 @pytest.mark.parametrize("kind", ["cd", "ecd"])

@@ -22,7 +22,7 @@ from fewstep.types import Batch, Progress
 
 GAIN = 1.5
 """One-step sliced Wasserstein distance must shrink at least by this factor against the teacher's one step; measured:
-1.8 (steps from t to t/2 are coarse, and stay biased)."""
+1.9 (steps from t to t/2 are coarse, and stay biased)."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from fewstep.derivative import Method, derivative, settle
 from fewstep.errors import ConfigError
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
 from fewstep.objectives.bridges import require_teacher
-from fewstep.objectives.pairs import draw_times, network_pass, rows_where
+from fewstep.objectives.pairs import draw_times, highest, network_pass, rows_where
 from fewstep.process import expand
 from fewstep.randomness import DropoutTape
-from fewstep.times import Law, Lognormal
+from fewstep.times import Law, Lognormal, draw
 from fewstep.types import Batch, Condition, PerSample, Progress, Samples, Times
 
 STEPS = (1, 2, 4, 8)
@@ -67,7 +67,10 @@ class MeanFlow(Objective):
 
     def times(self, student: Denoiser, random: StepRandom) -> tuple[Times, Times]:
         """``(t, s)`` with ``t >= s >= 0``, on the host, float64 ``[b]``."""
-        one, two = draw_times(self.law, student, random), draw_times(self.landing, student, random, "landing")
+        one, two = (
+            draw_times(self.law, student, random),
+            draw(self.landing, random.uniform("landing"), high=highest(student)),
+        )
         two = torch.where(two < student.sigma_min, 0, two)  # counts as clean
         equal = random.uniform("equal") < self.equal
         t = torch.maximum(one, two)

@@ -57,8 +57,12 @@ class Bridge(Protocol):
 
 def draw_times(law: Law, student: Denoiser, random: StepRandom, stream: str = "times") -> Times:
     """Times of the law on the host, float64 ``[b]``, within what the student's network knows."""
-    high = student.sigma_max if student.sigma_min > 0 else float("inf")
-    return draw(law, random.uniform(stream), student.sigma_min, high)
+    return draw(law, random.uniform(stream), student.sigma_min, highest(student))
+
+
+def highest(student: Denoiser) -> float:
+    """The largest time to train at: sigma_max where the network's clock has ends, else no bound."""
+    return student.sigma_max if student.sigma_min > 0 else float("inf")
 
 
 def make_pair(
