@@ -116,6 +116,7 @@ CALM = {
 LOW_WIDE = {
     "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 2.0, "objective.segments": [1, 2, 4, 8, 8],
 }  # fmt: skip
+MID = ECT | AT_ONCE
 CMT_DIAL = {"objective.segments": [1, 1, 2, 4, 8]}
 
 ENTRIES: dict[str, Entry] = {
@@ -186,6 +187,7 @@ ENTRIES: dict[str, Entry] = {
         (Phase("multistep", GAP_DIAL | DECAY | WIDE | SLOW_AVERAGE, 0.5),
          Phase("multistep", GAP_DIAL | WIDE | CALM, 0.5)),
     ),
+    "mid": one("recipe", "sequence", {f"objective.then.{k.removeprefix('objective.')}": v for k, v in MID.items()}),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),
     "warm-immediate": tightening("teacher", immediate=True),

@@ -73,7 +73,7 @@ CASES = {
     "recipe": (f"{DIGITS} --recipe fsat", "There is no recipe 'fsat'. Did you mean 'fast'?"),
     "recipe of the other verb": (f"{DIGITS} --recipe demo-teacher", "Run: fewstep pretrain --recipe demo-teacher"),
     "recipes": ("recipes fsat", "Did you mean 'fast'?"),
-    "objective": (f"{DIGITS} --objective etc", "There is no objective 'etc'. Did you mean 'ect'?"),
+    "objective": (f"{DIGITS} --objective eect", "There is no objective 'eect'. Did you mean 'ect'?"),
     "path": (f"{DIGITS} --set optim.bteas=1", "There is no setting 'optim.bteas'. Did you mean 'betas'?"),
     "path of a value": (f"{DIGITS} --set optim.lr.x=1", "'optim.lr' is a single value"),
     "no value": (f"{DIGITS} --set optim", "An override is not of the form path=value. Got: optim"),
