@@ -26,8 +26,34 @@ ECT = {
 }  # fmt: skip
 """Plain ECT, the baseline: q^a = 4, 8, 16, unit-norm gradient, weight 1/(t-r)."""
 
+AT_ONCE = ECT | {"objective.schedule.q": 16, "objective.schedule.first": 0, "objective.schedule.last": 0}
+DECAY = {"optim.schedule": "linear", "optim.decay_share": 0.5}
+SLOW_AVERAGE = {"emas": [{"kind": "constant", "beta": 0.998}]}
+CALM = {
+    "optim.lr": 5e-4, "optim.schedule": "linear", "optim.decay_share": 1.0,
+    "emas": [{"kind": "constant", "beta": 0.999}],
+}  # fmt: skip
 
-AT_ONCE = {"objective.schedule.q": 16, "objective.schedule.first": 0, "objective.schedule.last": 0}
+UNIT_GRADIENT = {"objective.penalty.distance": "l2", "objective.penalty.weight": "dt", "objective.penalty.c": 0.0}
+PAIRS = {"objective.pairing.kind": "ect", "objective.pairing.schedule.kind": "stages"} | {
+    key.replace("objective.", "objective.pairing."): value for key, value in ECT.items() if "schedule" in key
+}
+HEUN = {"objective.step.kind": "heun"}
+DIAL = {"objective.segments": [1, 2, 4, 8]} | PAIRS | UNIT_GRADIENT
+"""One student for 1, 2, 4 and 8 jumps, with plain ECT's pairs."""
+GRID_DIAL = HEUN | {
+    "objective.segments": [1, 1, 2, 4, 8], "objective.pairing.first": 32, "objective.pairing.last": 32,
+    "objective.penalty.distance": "squared_l2", "objective.penalty.weight": "one",
+}  # fmt: skip
+GAP_DIAL = UNIT_GRADIENT | HEUN | PAIRS | {
+    "objective.segments": [1, 1, 2, 4, 8], "objective.pairing.schedule.q": 8, "objective.pairing.schedule.first": 0,
+    "objective.pairing.schedule.last": 0, "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 1.8,
+}  # fmt: skip
+WIDE = {"objective.pairing.law.mean": 0.0, "objective.pairing.law.std": 2.2}
+LOW_WIDE = {
+    "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 2.0, "objective.segments": [1, 2, 4, 8, 8],
+}  # fmt: skip
+CMT_DIAL = {"objective.segments": [1, 1, 2, 4, 8]}
 
 
 @dataclass(frozen=True)
@@ -85,40 +111,6 @@ def scaled(overrides: dict[str, Any], images: int, work: Path) -> dict[str, Any]
     return {key: value(v) for key, v in overrides.items()} | {"images": images}
 
 
-ECT_PAIRS = {key.replace("objective.", "objective.pairing."): value for key, value in ECT.items() if "schedule" in key}
-SOFT = {"objective.penalty.distance": "l2", "objective.penalty.weight": "dt", "objective.penalty.c": 0.0}
-DIAL = (
-    {"objective.segments": [1, 2, 4, 8], "objective.pairing.kind": "ect", "objective.pairing.schedule.kind": "stages"}
-    | ECT_PAIRS
-    | SOFT
-)
-HEUN = {"objective.step.kind": "heun"}
-
-DECAY = {"optim.schedule": "linear", "optim.decay_share": 0.5}
-GRID_DIAL = {
-    "objective.segments": [1, 1, 2, 4, 8], "objective.pairing.first": 32, "objective.pairing.last": 32,
-    "objective.step.kind": "heun", "objective.penalty.distance": "squared_l2", "objective.penalty.weight": "one",
-}  # fmt: skip
-
-GAP_DIAL = SOFT | {
-    "objective.segments": [1, 1, 2, 4, 8], "objective.step.kind": "heun", "objective.pairing.kind": "ect",
-    "objective.pairing.schedule.kind": "stages", "objective.pairing.schedule.q": 8,
-    "objective.pairing.schedule.first": 0, "objective.pairing.schedule.last": 0,
-    "objective.pairing.law.kind": "lognormal", "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 1.8,
-}  # fmt: skip
-
-WIDE = {"objective.pairing.law.mean": 0.0, "objective.pairing.law.std": 2.2}
-SLOW_AVERAGE = {"emas": [{"kind": "constant", "beta": 0.998}]}
-
-CALM = {
-    "optim.lr": 5e-4, "optim.schedule": "linear", "optim.decay_share": 1.0, "emas": [{"kind": "constant", "beta": 0.999}],
-}  # fmt: skip
-LOW_WIDE = {
-    "objective.pairing.law.mean": -0.4, "objective.pairing.law.std": 2.0, "objective.segments": [1, 2, 4, 8, 8],
-}  # fmt: skip
-MID = ECT | AT_ONCE
-CMT_DIAL = {"objective.segments": [1, 1, 2, 4, 8]}
-
 ENTRIES: dict[str, Entry] = {
     "ect": one("objective", "ect", ECT),
     "ct": one("objective", "ct", {"objective.schedule.last": 50}),
@@ -146,7 +138,7 @@ ENTRIES: dict[str, Entry] = {
     "ect+reference": lever(objective__bridge__kind="reference"),
     "ect+ot": lever(objective__levers__coupling__kind="ot"),
     "ect+vct": lever(objective__levers__coupling__kind="learned"),
-    "ect+features": lever(objective__levers__distance={"net": "transforms:{work}/transforms"}),
+    "ect+features": lever(objective__levers__distance__net="transforms:{work}/transforms"),
     "ect+huber": lever(objective__penalty__distance="pseudo_huber", objective__penalty__c=0.03),
     "ect+decay": lever(optim__schedule="linear", optim__decay_share=0.3),
     "ect+anchor": lever(objective__levers__anchor={}),
@@ -156,28 +148,19 @@ ENTRIES: dict[str, Entry] = {
                                       {"kind": "power", "std": 0.1}]}),),
         weights=("ema-1", "ema-2", "std=0.07"),
     ),
-    "cmt-then-ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", ECT | AT_ONCE, 0.5))),
+    "cmt-then-ect": Entry("lever", (Phase("cmt", {}, 0.5), Phase("ect", AT_ONCE, 0.5))),
     # recipes put together from the above
     "cd+decay": one("recipe", "cd", DECAY),
-    "cd-10+decay": one("recipe", "cd", DECAY | {"objective.nodes": 10}),
     "dial": one("recipe", "multistep", GRID_DIAL | DECAY),
-    "dial-l2": one("recipe", "multistep", GRID_DIAL | DECAY | {"objective.penalty.distance": "l2"}),
     "dial-c_out": one("recipe", "multistep", GRID_DIAL | DECAY | {"objective.penalty.weight": "c_out"}),
-    "dial-snr": one(
-        "recipe", "multistep",
-        GRID_DIAL | DECAY | {"objective.penalty.distance": "l2", "objective.penalty.weight": "snr+1"},
-    ),
     "dial-gaps": one("recipe", "multistep", GAP_DIAL | DECAY),
     "dial-gaps-squared": one(
         "recipe", "multistep",
         GAP_DIAL | DECAY | {"objective.penalty.distance": "squared_l2", "objective.penalty.weight": "c_out"},
     ),
     "dial-wide": one("recipe", "multistep", GAP_DIAL | DECAY | WIDE | SLOW_AVERAGE),
-    "cd+slow-decay": one("recipe", "cd", DECAY | SLOW_AVERAGE),
-    "ect+slow-decay": one("recipe", "ect", ECT | DECAY | SLOW_AVERAGE),
     "cmt": one("recipe", "cmt", DECAY),
     "cmt-dial": one("recipe", "cmt", DECAY | CMT_DIAL),
-    "cmt-dial-slow": one("recipe", "cmt", DECAY | CMT_DIAL | SLOW_AVERAGE),
     "dial-recipe": Entry(
         "recipe",
         (Phase("cmt", DECAY | CMT_DIAL, 0.25), Phase("multistep", GAP_DIAL | DECAY | SLOW_AVERAGE | LOW_WIDE, 0.75)),
@@ -187,7 +170,7 @@ ENTRIES: dict[str, Entry] = {
         (Phase("multistep", GAP_DIAL | DECAY | WIDE | SLOW_AVERAGE, 0.5),
          Phase("multistep", GAP_DIAL | WIDE | CALM, 0.5)),
     ),
-    "mid": one("recipe", "sequence", {f"objective.then.{k.removeprefix('objective.')}": v for k, v in MID.items()}),
+    "mid": one("recipe", "sequence", {f"objective.then.{k.removeprefix('objective.')}": v for k, v in AT_ONCE.items()}),
     # cold or warm start, progressive or immediate tightening
     "warm-progressive": tightening("teacher", immediate=False),
     "warm-immediate": tightening("teacher", immediate=True),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,8 @@ def test_settings_later_beat_earlier(tiny_path: Path, tmp_path: Path, fewstep: F
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 3.0e-4, clip: 2.0}\nimages: 96\nseed: 4\n")
     run = tmp_path / "run"
-    fewstep("tune", tiny_path, "--data", "digits", "--out", run, "--config", file, *QUICK, *SMALL, "optim.lr=5e-4",
-            "--seed", 7)  # fmt: skip
+    fewstep("tune", tiny_path, "--data", "digits", "--out", run, "--recipe", "fast", "--config", file, *QUICK, *SMALL,
+            "optim.lr=5e-4", "--seed", 7)  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["optim"]["lr"] == 5e-4
     assert config["optim"]["clip"] == 2.0
@@ -182,7 +183,8 @@ def test_demo_runs_and_continues(tmp_path: Path, fewstep: Fewstep) -> None:
 def test_without_a_terminal_there_are_lines_and_stdout_is_empty(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["tune", str(tiny_path), "--data", "digits", "--out", str(tmp_path / "run"), *QUICK, *SMALL]) == 0
+    arguments = ["tune", str(tiny_path), "--data", "digits", "--out", str(tmp_path / "run"), "--recipe", "fast"]
+    assert main([*arguments, *QUICK, *SMALL]) == 0
     out, err = capsys.readouterr()
     assert out == ""
     assert re.search(r"images +32 +stage 0 r/t 0\.\d+  loss [\d.e+-]+  \d+ images/s\n", err)
@@ -442,7 +444,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 def test_plan_counts_bytes(tiny_path: Path, run_path: Path, tmp_path: Path, fewstep: Fewstep) -> None:
     model = load(tiny_path)
     weights = sum(p.numel() * p.element_size() for p in model.backbone.parameters())
-    arguments = ["plan", tiny_path, "--data", "digits", "--budget", "0.01", *QUICK, *SMALL]
+    arguments = ["plan", tiny_path, "--data", "digits", "--budget", "0.01", "--recipe", "fast", *QUICK, *SMALL]
     found = fewstep(*arguments)
     assert found["weights"] == found["gradients"] == weights
     assert found["optimizer"] == 2 * weights
@@ -484,3 +486,17 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str], fewstep: Fewstep)
     out, err = capsys.readouterr()
     assert out == ""
     assert all(re.search(rf"^ {name} +(tune|pretrain) ", err, re.MULTILINE) for name in RECIPES)
+
+
+def test_the_default_recipe_is_mid_unless_something_is_said_about_the_objective() -> None:
+    from fewstep.runs import configure
+
+    assert configure("tune", None, None, {}, "digits") == replace(
+        RECIPES["mid"], data=replace(RECIPES["mid"].data, source="digits")
+    )
+    for objective, overrides in (("ect", {}), (None, {"objective.schedule.q": 4}), (None, {"objective.kind": "cd"})):
+        assert configure("tune", None, objective, overrides, "digits").recipe == "fast"
+    inherited = configure("tune", "mid", "ecd", {}, "digits").objective
+    plain = RECIPES["fast"].objective
+    assert (inherited.schedule, inherited.penalty, inherited.law) == (plain.schedule, plain.penalty, plain.law)
+    assert configure("tune", "cifar10-1h", "meanflow", {}, "digits").student.sampler_times == {}

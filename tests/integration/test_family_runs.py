@@ -369,7 +369,7 @@ def _checkpoint(run: Path, name: str = "images-000000064") -> dict[str, Tensor]:
 def test_a_few_step_model_is_no_teacher_but_can_be_the_start(
     tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", "digits", "--images", "32", "--batch-size", "16", "--set", "eval.samples=0", "--quiet"]
+    words = ["--data", "digits", "--images", "32", "--batch-size", "16", "--quiet", "--set", "eval.samples=0"]
     mid = tmp_path / "mid"
     assert main(["tune", str(tiny_path), *words, "objective.nodes=4", "--objective", "cmt", "--out", str(mid)]) == 0
     assert main(["tune", str(mid), *words, "--objective", "ecd", "--out", str(tmp_path / "a")]) == 2

@@ -21,7 +21,7 @@ WIDE = 120
 """Columns of a terminal that show everything."""
 
 
-SCHEDULE = {"stage": ".0f", "phase": ".0f", "r/t": ".4f", "nodes": ".0f", "share": ".2f"}
+SCHEDULE = {"part": ".0f", "stage": ".0f", "phase": ".0f", "r/t": ".4f", "nodes": ".0f", "share": ".2f"}
 """Numbers of an objective's schedule -> how they are written."""
 
 
