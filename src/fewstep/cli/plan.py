@@ -35,7 +35,7 @@ def plan(
     recipe: Annotated[
         str | None, Parameter(help="A preset; see fewstep recipes. Default: mid (fast if you set the objective).")
     ] = None,
-    objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's (ect).")] = None,
+    objective: Annotated[str | None, Parameter(help="The training objective. Default: the recipe's.")] = None,
     images: Images = None,
     batch_size: TrainBatch = None,
     budget: Annotated[float, Parameter(validator=Number(gt=0), help="Seconds to spend on measuring.")] = 20.0,

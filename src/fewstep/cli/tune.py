@@ -39,7 +39,7 @@ def tune(
         str | None, Parameter(help="A preset; see fewstep recipes. Default: mid (fast if you set the objective).")
     ] = None,
     objective: Annotated[
-        str | None, Parameter(help="One of those above, with its own settings. Default: the recipe's (ect).")
+        str | None, Parameter(help="One of those above, with its own settings. Default: the recipe's.")
     ] = None,
     images: Images = None,
     batch_size: TrainBatch = None,
@@ -73,6 +73,7 @@ def tune(
     meanflow   average velocities: any number of jumps
     ctm        every jump against the teacher's: any number of jumps
     cmt        mid-training on the teacher's trajectories, before ect
+    sequence   two of these in one run; --recipe mid is cmt, then ect
     diffusion  plain denoising, as fewstep pretrain
     ```
 

@@ -87,7 +87,7 @@ class GuidedRay:
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """The data's noise ray with less noise: x_0 replaced by its posterior mean over the batch (SCT, arXiv 2410.18958).
+    """The data's noise ray with the batch's posterior mean for x_0 (SCT, arXiv 2410.18958; experimental).
 
     ``x_r = x_t + (r - t) (x_t - mean)/t``, ``mean = sum_j w_j x_0^j``, ``w = softmax_j(-|x_t - x_0^j|^2/(2 t^2))``
     over the rows j of the batch that have the row's label (math.md 3.13). The row's own image is among them: given
