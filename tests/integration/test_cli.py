@@ -227,7 +227,7 @@ def test_a_terminal_shows_a_live_bar(columns: int, tiny_path: Path, tmp_path: Pa
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     speed = r"\d+/s" if columns == 80 else r"\d+ images/s"
-    line = rf"━ +640/640 images stage 0 r/t 0\.\d{{4}} +loss [\d.e+-]+ +{speed} +\d\d:\d\d"
+    line = rf"━ +640/640 images part 2 stage 0 r/t 0\.\d{{4}} +loss [\d.e+-]+ +{speed} +\d\d:\d\d"
     assert re.search(line, frames), frames[-2000:]
     assert max(len(frame) for frame in re.split(r"[\r\n]+", frames)) <= columns
 

@@ -97,6 +97,6 @@ class Sequence(Objective):
         return objective.loss(student, batch, inside, random, replace(beside, companions=own))
 
     def describe(self, progress: Progress) -> dict[str, float]:
-        """The numbers of the current part, and which it is: 0 or 1."""
+        """The numbers of the current part, and which it is: 1 or 2."""
         name, inside = self.part(progress)
-        return {"part": float(name == "then")} | getattr(self, name).describe(inside)
+        return {"part": 1.0 + (name == "then")} | getattr(self, name).describe(inside)
