@@ -10,18 +10,16 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
 from fewstep.grids import Karras, neighbours, uniform_places
-from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom
+from fewstep.objectives.base import Beside
 from fewstep.objectives.bridges import TeacherStep
-from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import make_pair
-from fewstep.objectives.two_point import TwoPoint
+from fewstep.objectives.levers import NO_LEVERS, Levers
+from fewstep.objectives.two_point import Neighbours
 from fewstep.penalty import Penalty
-from fewstep.randomness import DropoutTape
-from fewstep.types import Batch, PerSample, Progress, Samples
+from fewstep.types import Progress, Times
 
 
 @dataclass(frozen=True)
-class CD(TwoPoint):
+class CD(Neighbours):
     """``rho(f(x_0 + t eps, t) - f_target(x_r, r))``, x_r one step of the teacher's ODE to the next lower node.
 
     The lowest node counts as clean: there r = 0, and the target is the teacher's denoiser (``fewstep.grids``).
@@ -57,26 +55,9 @@ class CD(TwoPoint):
     def follow(self, name: str, progress: Progress, batch_size: int) -> tuple[str, float]:
         return "student", self.decay
 
-    def loss(
-        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
-    ) -> LossOutput:
-        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
+    def neighbours(self, student: Denoiser, progress: Progress, u: Tensor) -> tuple[Times, Times]:
         nodes = self.grid.nodes(self.nodes, student.sigma_min, student.sigma_max)
-        t, r = neighbours(nodes, uniform_places(random.uniform("times"), self.nodes))
-        eps, cost = self.levers.noise(batch, random, beside)
-        return LossOutput(plus(self.loss_at(student, batch.x, t, r, eps, batch.cond, random.tape(), beside), cost))
+        return neighbours(nodes, uniform_places(u, self.nodes))
 
-    def loss_at(
-        self,
-        student: Denoiser,
-        x_0: Samples,
-        t: Tensor,
-        r: Tensor,
-        eps: Samples,
-        cond: Tensor | None = None,
-        tape: DropoutTape | None = None,
-        beside: Beside = ALONE,
-    ) -> PerSample:
-        """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
-        target = beside.companions["target"] if self.target == "ema" else student
-        return self.gap_loss(student, target, make_pair(x_0, eps, t, r, t - r, cond, self.levers.low), tape, beside)
+    def target_of(self, student: Denoiser, beside: Beside) -> Denoiser:
+        return beside.companions["target"] if self.target == "ema" else student

@@ -9,19 +9,16 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.grids import Doubling, Karras, lognormal_shares, neighbours, places
-from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom
 from fewstep.objectives.bridges import DataBridge, DataRay
-from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import make_pair
-from fewstep.objectives.two_point import TwoPoint
+from fewstep.objectives.levers import NO_LEVERS, Levers
+from fewstep.objectives.two_point import Neighbours
 from fewstep.penalty import Penalty
-from fewstep.randomness import DropoutTape
 from fewstep.times import Lognormal
-from fewstep.types import Batch, PerSample, Progress, Samples
+from fewstep.types import Progress, Times
 
 
 @dataclass(frozen=True)
-class ICT(TwoPoint):
+class ICT(Neighbours):
     """``(sqrt(|d|^2 + c^2) - c)/(t - r)``, ``d = f(x_0 + t eps, t) - sg f(x_0 + r eps, r)``, on neighbours r < t.
 
     The target is the student itself without gradient; ``c = 0.00054 sqrt(dimensions)``. The pair is drawn by a
@@ -44,29 +41,9 @@ class ICT(TwoPoint):
     levers: Levers = NO_LEVERS
     kind: ClassVar[str] = "ict"
 
-    def loss(
-        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
-    ) -> LossOutput:
-        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
+    def neighbours(self, student: Denoiser, progress: Progress, u: Tensor) -> tuple[Times, Times]:
         nodes = self.grid.nodes(self.schedule.nodes(progress), student.sigma_min, student.sigma_max)
-        t, r = neighbours(nodes, places(random.uniform("times"), lognormal_shares(self.law, nodes)))
-        eps, cost = self.levers.noise(batch, random, beside)
-        return LossOutput(plus(self.loss_at(student, batch.x, t, r, eps, batch.cond, random.tape(), beside), cost))
-
-    def loss_at(
-        self,
-        student: Denoiser,
-        x_0: Samples,
-        t: Tensor,
-        r: Tensor,
-        eps: Samples,
-        cond: Tensor | None = None,
-        tape: DropoutTape | None = None,
-        beside: Beside = ALONE,
-    ) -> PerSample:
-        """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
-        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
-        return self.gap_loss(student, student, both, tape, beside)
+        return neighbours(nodes, places(u, lognormal_shares(self.law, nodes)))
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Doublings so far, and the number of nodes."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
-from fewstep.objectives.base import Beside, Objective
+from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom
 from fewstep.objectives.bridges import DataRay, GuidedRay, ReferenceBatch
 from fewstep.objectives.couplings import Independent
-from fewstep.objectives.levers import Levers
-from fewstep.objectives.pairs import Bridge, Pair, predictions
+from fewstep.objectives.levers import Levers, plus
+from fewstep.objectives.pairs import Bridge, Pair, make_pair, predictions
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
-from fewstep.types import PerSample
+from fewstep.types import Batch, PerSample, Progress, Samples, Times
 
 
 class TwoPoint(Objective):
@@ -60,3 +60,38 @@ class TwoPoint(Objective):
         """The loss once the times are known, all on the device, ``[b]``."""
         out, goal = predictions(student, target, both, self.bridge, tape, beside)
         return self.levers.penalise(self.penalty, student, both, out, goal, beside)
+
+
+class Neighbours(TwoPoint):
+    """A :class:`TwoPoint` whose t and r are neighbours on a grid; the subclass draws them and names the target."""
+
+    def neighbours(self, student: Denoiser, progress: Progress, u: Tensor) -> tuple[Times, Times]:
+        """``t > r >= 0``, float64 ``[b]`` on the host, from uniform numbers ``u [b]``."""
+        raise NotImplementedError
+
+    def target_of(self, student: Denoiser, beside: Beside) -> Denoiser:
+        """The network at r; by default the student itself, without gradient."""
+        return student
+
+    def loss(
+        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
+    ) -> LossOutput:
+        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
+        t, r = self.neighbours(student, progress, random.uniform("times"))
+        eps, cost = self.levers.noise(batch, random, beside)
+        return LossOutput(plus(self.loss_at(student, batch.x, t, r, eps, batch.cond, random.tape(), beside), cost))
+
+    def loss_at(
+        self,
+        student: Denoiser,
+        x_0: Samples,
+        t: Tensor,
+        r: Tensor,
+        eps: Samples,
+        cond: Tensor | None = None,
+        tape: DropoutTape | None = None,
+        beside: Beside = ALONE,
+    ) -> PerSample:
+        """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
+        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
+        return self.gap_loss(student, self.target_of(student, beside), both, tape, beside)
