@@ -5,22 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
-
-from fewstep.denoiser import Denoiser
-from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom
 from fewstep.objectives.bridges import TeacherStep
-from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import draw_times, make_pair
-from fewstep.objectives.two_point import TwoPoint
+from fewstep.objectives.levers import NO_LEVERS, Levers
+from fewstep.objectives.two_point import Tightening
 from fewstep.penalty import Penalty
-from fewstep.randomness import DropoutTape
-from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages, pair
-from fewstep.types import Batch, PerSample, Progress, Samples
+from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages
 
 
 @dataclass(frozen=True)
-class ECD(TwoPoint):
+class ECD(Tightening):
     """``w(t, r) rho(f(x_0 + t eps, t) - sg f(x_r, r))``, x_r one step of the teacher's ODE, ``r = m(t)`` as in ECT.
 
     Where r = 0 the student regresses onto the teacher's denoiser. Unlike ECT's, the loss can reach 0.
@@ -42,32 +35,3 @@ class ECD(TwoPoint):
     bridge: TeacherStep = field(default_factory=TeacherStep)
     levers: Levers = NO_LEVERS
     kind: ClassVar[str] = "ecd"
-
-    def loss(
-        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
-    ) -> LossOutput:
-        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
-        t = draw_times(self.law, student, random)
-        eps, cost = self.levers.noise(batch, random, beside)
-        ratio = self.schedule.ratio(progress)
-        return LossOutput(plus(self.loss_at(student, batch.x, t, eps, ratio, batch.cond, random.tape(), beside), cost))
-
-    def loss_at(
-        self,
-        student: Denoiser,
-        x_0: Samples,
-        t: Tensor,
-        eps: Samples,
-        ratio: float,
-        cond: Tensor | None = None,
-        tape: DropoutTape | None = None,
-        beside: Beside = ALONE,
-    ) -> PerSample:
-        """The loss at explicit host times ``t [b]``, noise ``eps [b, ...]`` and ``ratio = q^a``."""
-        r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
-        return self.gap_loss(student, student, make_pair(x_0, eps, t, r, gap, cond, self.levers.low), tape, beside)
-
-    def describe(self, progress: Progress) -> dict[str, float]:
-        """Stage and the typical r/t (at large t, where n(t) = 1)."""
-        ratio = self.schedule.ratio(progress)
-        return {"stage": float(self.schedule.stage(progress)), "r/t": 1 - 1 / ratio}

@@ -5,23 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
-
 from fewstep.denoiser import Denoiser
 from fewstep.objectives.adaptive import Adaptive
-from fewstep.objectives.base import ALONE, Beside, LossOutput, StepRandom
+from fewstep.objectives.base import ALONE, Beside
 from fewstep.objectives.bridges import DataBridge, DataRay
-from fewstep.objectives.levers import NO_LEVERS, Levers, plus
-from fewstep.objectives.pairs import Pair, draw_times, make_pair
-from fewstep.objectives.two_point import TwoPoint
+from fewstep.objectives.levers import NO_LEVERS, Levers
+from fewstep.objectives.pairs import Pair
+from fewstep.objectives.two_point import Tightening
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
-from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages, pair
-from fewstep.types import Batch, PerSample, Progress, Samples
+from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages
+from fewstep.types import PerSample
 
 
 @dataclass(frozen=True)
-class ECT(TwoPoint):
+class ECT(Tightening):
     """``w(t, r) rho(f(x_0 + t eps, t) - sg f(x_0 + r eps, r))`` with ``r = max(t (1 - n(t)/q^a), 0)`` (eq. 2.5, 2.8).
 
     Student and target see the same noise and the same dropout mask; the target is the current network
@@ -50,39 +48,6 @@ class ECT(TwoPoint):
     def needs_teacher(self) -> bool:
         return super().needs_teacher or self.adaptive is not None
 
-    def loss(
-        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
-    ) -> LossOutput:
-        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
-        t = draw_times(self.law, student, random)
-        eps, cost = self.levers.noise(batch, random, beside)
-        ratio = self.schedule.ratio(progress)
-        loss = self.loss_at(student, batch.x, t, eps, ratio, batch.cond, random.tape(), beside)
-        return LossOutput(plus(loss, cost))
-
-    def loss_at(
-        self,
-        student: Denoiser,
-        x_0: Samples,
-        t: Tensor,
-        eps: Samples,
-        ratio: float,
-        cond: Tensor | None = None,
-        tape: DropoutTape | None = None,
-        beside: Beside = ALONE,
-    ) -> PerSample:
-        """The loss at explicit times, noise and ``ratio = q^a``.
-
-        Args:
-            student: denoiser under the EDM clock.
-            x_0: data ``[b, ...]``; eps: noise of the same shape.
-            t: times ``[b]`` on the host: which rows have r = 0 is decided there, without asking the device.
-            tape: shares dropout masks between the two passes; None if the network has no dropout.
-        """
-        r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
-        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low)
-        return self.loss_between(student, both, tape, beside)
-
     def loss_between(
         self, student: Denoiser, both: Pair, tape: DropoutTape | None = None, beside: Beside = ALONE
     ) -> PerSample:
@@ -90,8 +55,3 @@ class ECT(TwoPoint):
         if self.adaptive is not None:
             both = self.adaptive(both, beside.teacher)
         return self.gap_loss(student, student, both, tape, beside)
-
-    def describe(self, progress: Progress) -> dict[str, float]:
-        """Stage and the typical r/t (at large t, where n(t) = 1)."""
-        ratio = self.schedule.ratio(progress)
-        return {"stage": float(self.schedule.stage(progress)), "r/t": 1 - 1 / ratio}

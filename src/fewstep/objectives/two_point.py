@@ -10,9 +10,10 @@ from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRa
 from fewstep.objectives.bridges import DataRay, GuidedRay, ReferenceBatch
 from fewstep.objectives.couplings import Independent
 from fewstep.objectives.levers import Levers, plus
-from fewstep.objectives.pairs import Bridge, Pair, make_pair, predictions
+from fewstep.objectives.pairs import Bridge, Pair, draw_times, make_pair, predictions
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
+from fewstep.times import Law, Mapping, Schedule, pair
 from fewstep.types import Batch, PerSample, Progress, Samples, Times
 
 
@@ -95,3 +96,55 @@ class Neighbours(TwoPoint):
         """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
         both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
         return self.gap_loss(student, self.target_of(student, beside), both, tape, beside)
+
+
+class Tightening(TwoPoint):
+    """A :class:`TwoPoint` with t of a law and ``r = m(t)`` that a schedule tightens; the target is the student."""
+
+    law: Law
+    mapping: Mapping
+    schedule: Schedule
+
+    def loss(
+        self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
+    ) -> LossOutput:
+        """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
+        t = draw_times(self.law, student, random)
+        eps, cost = self.levers.noise(batch, random, beside)
+        ratio = self.schedule.ratio(progress)
+        loss = self.loss_at(student, batch.x, t, eps, ratio, batch.cond, random.tape(), beside)
+        return LossOutput(plus(loss, cost))
+
+    def loss_at(
+        self,
+        student: Denoiser,
+        x_0: Samples,
+        t: Tensor,
+        eps: Samples,
+        ratio: float,
+        cond: Tensor | None = None,
+        tape: DropoutTape | None = None,
+        beside: Beside = ALONE,
+    ) -> PerSample:
+        """The loss at explicit times, noise and ``ratio = q^a``.
+
+        Args:
+            student: denoiser under the EDM clock.
+            x_0: data ``[b, ...]``; eps: noise of the same shape.
+            t: times ``[b]`` on the host: which rows have r = 0 is decided there, without asking the device.
+            tape: shares dropout masks between the two passes; None if the network has no dropout.
+        """
+        r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
+        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low)
+        return self.loss_between(student, both, tape, beside)
+
+    def loss_between(
+        self, student: Denoiser, both: Pair, tape: DropoutTape | None = None, beside: Beside = ALONE
+    ) -> PerSample:
+        """The loss once the times are known, all on the device; ``torch.compile`` makes one graph of it."""
+        return self.gap_loss(student, student, both, tape, beside)
+
+    def describe(self, progress: Progress) -> dict[str, float]:
+        """Stage and the typical r/t (at large t, where n(t) = 1)."""
+        ratio = self.schedule.ratio(progress)
+        return {"stage": float(self.schedule.stage(progress)), "r/t": 1 - 1 / ratio}
