@@ -86,6 +86,8 @@ def test_it_trains_the_student_of_its_second_part() -> None:
     dial = Sequence(CMT(16, segments=(1, 2, 4, 8)), Multistep(segments=(1, 2, 4, 8)))
     assert dial.two_time and dial.needs_teacher
     assert dial.sampler(student()) == Multistep(segments=(1, 2, 4, 8)).sampler(student())
+    later = Sequence(CMT(), Multistep(segments=(1, 2)))  # the first part lands at 0, for a student that could be told
+    assert later.two_time and later.sampler(student()) == Multistep(segments=(1, 2)).sampler(student())
     plain = Sequence()
     assert (plain.first, plain.then, plain.two_time) == (CMT(), ECT(), False)
     assert plain.sampler(student()) == ("consistency", {})
