@@ -31,10 +31,11 @@ from fewstep import load, open_source, pretrain, tune
 from fewstep.checkpoint.model import KIND, rebuild
 from fewstep.checkpoint.store import read_json, read_tensors
 from fewstep.data import Source
-from fewstep.denoiser import Denoiser, load_weights
+from fewstep.denoiser import Denoiser
 from fewstep.evaluation.evaluate import evaluate
 from fewstep.evaluation.reference import Reference, open_reference
 from fewstep.sampling import possible_steps
+from fewstep.weights import load_weights
 
 STEPS, TEACHER_NFE = (1, 2, 4, 8), (8, 35)
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from fewstep.checkpoint.model import load, save_model
     from fewstep.commit import Committed, commit_sample
     from fewstep.data import SOURCES, open_source
-    from fewstep.denoiser import Denoiser, Guided, Parametrization
+    from fewstep.denoiser import Denoiser, Parametrization
     from fewstep.errors import FewstepError
     from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
     from fewstep.evaluation.agreement import teacher_agreement
+    from fewstep.guidance import Guided
     from fewstep.objectives import OBJECTIVES
     from fewstep.process import EDM, VP, DiscreteVP, Process, RectifiedFlow, TrigFlow
     from fewstep.recipes import RECIPES
@@ -36,7 +37,7 @@ _HOMES = {
     "SOURCES": "data",
     "open_source": "data",
     "Denoiser": "denoiser",
-    "Guided": "denoiser",
+    "Guided": "guidance",
     "Parametrization": "denoiser",
     "FewstepError": "errors",
     "METRICS": "evaluation",

@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import CheckpointError, ConfigError, nearest
+from fewstep.conditioning import Conditioning, Part
+from fewstep.errors import ConfigError, nearest
 from fewstep.process import PREDICTIONS, Process, affine, expand
 from fewstep.types import Condition, Samples, Times
 
-TimeMap = Literal["quarter_log", "half_log", "native", "thousand", "thousand_minus_one"]
+TimeMap = Literal["quarter_log", "quarter_log_thousand", "half_log", "native", "thousand", "thousand_minus_one"]
 
 Sampler = Literal["consistency", "jump"]
 """How a trained student is sampled: f with fresh noise between the steps, or straight jumps from level to level."""
@@ -27,10 +28,29 @@ LANDING_FLOOR = 0.002
 """Noise level, at sigma_d = 0.5, below which a two-time network hardly tells landing times apart."""
 
 
+class Codec(Protocol):
+    """Images <-> model space, for models of latents; ``description`` opens it again from a checkpoint."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint says of it, JSON-able."""
+        ...
+
+    def encode(self, images: Tensor) -> Samples:
+        """uint8 ``[b, c, H, W]`` -> latents ``[b, ...]``, float32."""
+        ...
+
+    def decode(self, latents: Samples) -> Tensor:
+        """Latents ``[b, ...]`` -> uint8 ``[b, c, H, W]``."""
+        ...
+
+
 class Backbone(Protocol):
     """A raw network ``F(x, c_noise, cond)``: knows no process. ``x [b, ...]``, ``c_noise [b]``.
 
-    One that has an attribute ``two_time = True`` takes a fourth argument, ``c_landing [b, 2]``.
+    One that has an attribute ``two_time = True`` takes a fourth argument, ``c_landing [b, 2]``; one that has ``guided =
+    True`` takes ``guidance [b]`` by name. A buffer ``null_cond [width]`` is the condition that says nothing. A method
+    ``after_step()`` of the network or of any layer in it is called after every step of the optimiser.
     """
 
     def __call__(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor: ...
@@ -43,7 +63,8 @@ class Parametrization:
     Args:
         prediction: a member of ``process.PREDICTIONS``.
         sigma_data: standard deviation of the data in model space.
-        time: what the network is given: "quarter_log" ``ln(sigma_edm)/4`` (EDM), "half_log"
+        time: what the network is given: "quarter_log" ``ln(sigma_edm)/4`` (EDM), "quarter_log_thousand"
+            ``250 ln(sigma_edm)`` (diffusers' consistency models), "half_log"
             ``ln(sigma_edm/2)`` (VE), "native" t, "thousand" 1000 t (flow models of diffusers),
             "thousand_minus_one" 999 t (EDM's VP networks).
         boundary_shift: at evaluation only, replaces sigma by ``sigma - shift`` in c_skip and the numerator of
@@ -87,8 +108,8 @@ class Parametrization:
     def c_noise(self, t: Times, sigma_edm: Times) -> Tensor:
         """What the network is told, ``[b]``, from native time and EDM noise level; finite at sigma = 0."""
         least = torch.finfo(sigma_edm.dtype).tiny  # ln 0 would make the network's output NaN, and 0 * NaN too
-        if self.time == "quarter_log":
-            return sigma_edm.clamp_min(least).log() / 4
+        if self.time in ("quarter_log", "quarter_log_thousand"):
+            return sigma_edm.clamp_min(least).log() * (0.25 if self.time == "quarter_log" else 250.0)
         if self.time == "half_log":
             return (0.5 * sigma_edm.clamp_min(2 * least)).log()
         return t * {"native": 1.0, "thousand": 1000.0, "thousand_minus_one": 999.0}[self.time]
@@ -119,6 +140,7 @@ class Denoiser(nn.Module):
         native: the process the backbone was trained under; default: ``process``.
         sample_shape: shape of one sample without the batch.
         num_classes: 0 for unconditional models.
+        parts: of text-conditional models, the embeddings that a condition is packed from.
         sigma_min, sigma_max: EDM noise levels between which the network is to be trusted; sampling
             starts at ``sigma_max``. Below ``sigma_min`` a sample counts as clean.
         value_range: what uint8 levels 0 and 255 are in model space.
@@ -127,6 +149,8 @@ class Denoiser(nn.Module):
         sampler_times: step count -> EDM noise levels of the few-step sampler, largest first, without the final 0.
         spec: how to rebuild the backbone from a file, ``{"name": ..., "kwargs": {...}}``, or None for a
             user's own module.
+        codec: the way from latents to images; None where model space is made of pixels or points.
+        text: where the text encoders of a text-conditional model are, ``{"pipeline": folder, ...}``.
     """
 
     def __init__(
@@ -138,18 +162,21 @@ class Denoiser(nn.Module):
         sample_shape: tuple[int, ...],
         native: Process | None = None,
         num_classes: int = 0,
+        parts: tuple[Part, ...] = (),
         sigma_min: float = 0.0,
         sigma_max: float = 80.0,
         value_range: tuple[float, float] = (-1.0, 1.0),
         sampler: Sampler = "consistency",
         sampler_times: dict[int, tuple[float, ...]] | None = None,
         spec: dict[str, Any] | None = None,
+        codec: Codec | None = None,
+        text: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.process, self.native = process, native or process
         self.parametrization = parametrization
-        self.sample_shape, self.num_classes = tuple(sample_shape), num_classes
+        self.sample_shape, self.conditioning = tuple(sample_shape), Conditioning(num_classes, parts)
         low, high = self.native.edm_range
         self.sigma_min, self.sigma_max = max(sigma_min, low), min(sigma_max, high)
         self.value_range = value_range
@@ -157,7 +184,17 @@ class Denoiser(nn.Module):
             raise ConfigError(f"'{sampler}' is not a sampler", do=nearest(sampler, get_args(Sampler)))
         self.sampler: Sampler = sampler
         self.sampler_times = dict(sampler_times or {})
-        self.spec = spec
+        self.spec, self.codec, self.text = spec, codec, text
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for models without labels."""
+        return self.conditioning.num_classes
+
+    @property
+    def guided(self) -> bool:
+        """Whether the network is told the strength of guidance."""
+        return bool(getattr(self.backbone, "guided", False))
 
     @property
     def sigma_data(self) -> float:
@@ -180,14 +217,21 @@ class Denoiser(nn.Module):
         return next((p.dtype for p in self.backbone.parameters()), torch.float32)
 
     def forward(
-        self, x_t: Samples, t: Times | float, cond: Tensor | None = None, s: Times | float | None = None
+        self,
+        x_t: Samples,
+        t: Times | float,
+        cond: Tensor | None = None,
+        s: Times | float | None = None,
+        guidance: Times | float | None = None,
     ) -> Samples:
         """Estimate of x_0 (diffusion model), landing point at time 0 (consistency model), or g (two-time student).
 
         Args:
             x_t: ``[b, ...]`` in the coordinates of ``process``.
             t: scalar or ``[b]``, in the time of ``process`` (sigma for EDM).
-            cond: class indices ``[b]`` or one-hot ``[b, num_classes]``; None is "no label".
+            cond: class indices ``[b]``, one-hot ``[b, num_classes]`` or packed embeddings ``[b, width]``; None is
+                "nothing said".
+            guidance: strength w that a guided student is told, scalar or ``[b]``; None is 1, no guidance.
             s: landing time of a two-time student, scalar or ``[b]``, on the same clock; None is 0.
 
         Returns:
@@ -197,7 +241,7 @@ class Denoiser(nn.Module):
             ConfigError: shapes do not fit, or the network cannot be told a landing time.
         """
         t = self._per_sample(t, x_t)
-        label = self.one_hot(cond, len(x_t))
+        label = self.condition(cond, len(x_t))
         if self.process == self.native:
             native_t, z, alpha, sigma = t, x_t, self.native.alpha(t), self.native.sigma(t)
             edm = sigma / alpha
@@ -206,11 +250,11 @@ class Denoiser(nn.Module):
             alpha = self.native.edm_scale(edm)
             sigma, native_t = alpha * edm, self.native.from_edm(edm)
             z = expand(alpha / self.process.edm_scale(edm), x_t).to(x_t.dtype) * x_t
-        told = self._landing(edm, s, x_t)
+        landing, strength = self._landing(edm, s, x_t), self._strength(guidance, x_t)
         p = self.parametrization
         c_skip, c_out = p.skip_and_out(alpha, sigma, evaluating=not self.training)
         c_skip, c_out, c_in = (expand(c, z).to(z.dtype) for c in (c_skip, c_out, p.c_in(alpha, sigma)))
-        out = self.backbone(c_in * z, p.c_noise(native_t, edm).to(z.dtype), label, *(c.to(z.dtype) for c in told))
+        out = self.backbone(c_in * z, p.c_noise(native_t, edm).to(z.dtype), label, *landing, **strength)
         return c_skip * z + c_out * out.to(z.dtype)
 
     def _landing(self, edm: Times, s: Times | float | None, x_t: Samples) -> tuple[Tensor, ...]:
@@ -219,7 +263,7 @@ class Denoiser(nn.Module):
             landing = (
                 torch.zeros_like(edm) if s is None else self.process.to_edm(self._per_sample(s, x_t)).to(edm.dtype)
             )
-            return (self.parametrization.c_landing(edm, landing),)
+            return (self.parametrization.c_landing(edm, landing).to(x_t.dtype),)
         if s is not None:
             raise ConfigError(
                 "This network cannot be told where to land",
@@ -228,23 +272,22 @@ class Denoiser(nn.Module):
             )
         return ()
 
-    def one_hot(self, cond: Tensor | None, batch: int) -> Condition | None:
-        """Class indices ``[b]`` as one-hot ``[b, num_classes]``; None becomes zeros ("no label")."""
-        if self.num_classes == 0:
-            if cond is not None:
-                raise ConfigError("Labels were given to an unconditional model", do="Call it with cond=None")
-            return None
-        if cond is None:
-            return torch.zeros(batch, self.num_classes, dtype=self.dtype, device=self.device)
-        if cond.ndim == 1 and not cond.is_floating_point():
-            low, high = (int(cond.min()), int(cond.max())) if len(cond) else (0, 0)
-            if low < 0 or high >= self.num_classes:
-                known = f"0 to {self.num_classes - 1}"
-                raise ConfigError("A label is not a class of this model", got=low if low < 0 else high, want=known)
-            cond = nn.functional.one_hot(cond.long(), self.num_classes)
-        if cond.shape != (batch, self.num_classes):
-            raise ConfigError("The labels have the wrong shape", got=tuple(cond.shape), want=(batch, self.num_classes))
-        return cond.to(device=self.device, dtype=self.dtype)
+    def _strength(self, guidance: Times | float | None, x_t: Samples) -> dict[str, Tensor]:
+        """``guidance [b]`` by name for a network that is told it."""
+        if self.guided:
+            return {"guidance": self._per_sample(1.0 if guidance is None else guidance, x_t).to(x_t.dtype)}
+        if guidance is not None:
+            raise ConfigError(
+                "This network cannot be told a strength of guidance",
+                got=f"guidance={guidance}",
+                do="Leave it out, or wrap the model: fewstep.Guided(denoiser, weight)",
+            )
+        return {}
+
+    def condition(self, cond: Tensor | None, batch: int) -> Condition | None:
+        """What the network is told, float ``[b, width]``: see :meth:`Conditioning.encode`; None is "nothing said"."""
+        nothing = getattr(self.backbone, "null_cond", None)
+        return self.conditioning.encode(cond, batch, nothing, self.device, self.dtype)
 
     def under(self, process: Process) -> Denoiser:
         """The same network (shared weights) on another clock."""
@@ -341,49 +384,3 @@ class ModuleBackbone(nn.Module):
                 do="Return the prediction itself, not a record around it",
             )
         return out
-
-
-class Guided(nn.Module):
-    """Guidance at sampling time, ``D_u + w (D_c - D_u)`` (math.md 3.4 form 3).
-
-    On a consistency model this is a heuristic: the guided flow's end point is not linear in w.
-    """
-
-    def __init__(self, denoiser: Denoiser, weight: float) -> None:
-        super().__init__()
-        if denoiser.num_classes == 0:
-            raise ConfigError("Guidance needs a class-conditional model", got="an unconditional one")
-        self.denoiser, self.weight = denoiser, weight
-
-    def forward(
-        self, x_t: Samples, t: Times | float, cond: Tensor | None = None, s: Times | float | None = None
-    ) -> Samples:
-        """``[b, ...]`` as :class:`Denoiser`; two evaluations of the network."""
-        unconditional = self.denoiser(x_t, t, None, s)
-        return unconditional + self.weight * (self.denoiser(x_t, t, cond, s) - unconditional)
-
-
-def check_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Compare names and shapes, and list every missing, unexpected and mis-shaped tensor.
-
-    Raises:
-        CheckpointError: the names or shapes do not fit exactly.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    misshaped = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped)]
-    found = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems if names)
-    if found:
-        raise CheckpointError(f"The weights in {source} do not fit the network", got=found)
-
-
-def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy ``state`` into ``module`` by name, after :func:`check_weights`."""
-    check_weights(module, state, source)
-    module.load_state_dict(state)

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import LANDING_FLOOR, Denoiser, Guided
+from fewstep.denoiser import LANDING_FLOOR, Denoiser
 from fewstep.errors import ConfigError
+from fewstep.guidance import Guided
 from fewstep.jumps import ddim
 from fewstep.process import EDM
 from fewstep.randomness import Streams

@@ -11,9 +11,11 @@ from oracles import Gaussian, as_denoiser, exact_denoiser, raw
 from torch import Tensor, nn
 
 from fewstep.backbones.small import MLP
-from fewstep.denoiser import Denoiser, Guided, Parametrization, load_weights
+from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError
+from fewstep.guidance import Guided
 from fewstep.process import EDM, VP, DiscreteVP, Process, RectifiedFlow, TrigFlow
+from fewstep.weights import load_weights
 
 PROCESSES = [EDM(), VP(), RectifiedFlow(), TrigFlow(), DiscreteVP.linear()]
 KINDS = ["x0", "eps", "score", "sigma_score", "v", "flow", "edm", "trig"]

@@ -21,7 +21,7 @@ BACKBONES: dict[str, type[nn.Module]] = {
 
 
 def build(spec: dict[str, Any]) -> nn.Module:
-    """The network of ``{"name": ..., "kwargs": {...}}``; an argument that is itself a mapping is a network inside it.
+    """The network of ``{"name": ..., "kwargs": {...}}``; an argument of that form is a network inside it.
 
     Raises:
         ConfigError: the name is unknown or the arguments do not fit.
@@ -37,6 +37,6 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 
 def _argument(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() == {"name", "kwargs"}:
         return build(value)
     return tuple(value) if isinstance(value, list) else value

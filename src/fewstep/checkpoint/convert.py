@@ -11,9 +11,10 @@ from torch import nn
 from fewstep.backbones import build
 from fewstep.checkpoint.edm_pickle import NetworkRecord, read_network, require_supported
 from fewstep.checkpoint.model import save_model
-from fewstep.denoiser import Denoiser, Parametrization, check_weights, load_weights
+from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.process import EDM, VP, Process
+from fewstep.weights import check_weights, load_weights
 
 PRECONDITIONERS = ("EDMPrecond", "ECMPrecond", "VPPrecond", "VEPrecond")
 NETWORKS = {"SongUNet": "edm"}

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from fewstep.backbones import build
+from fewstep.backbones.vae import open_codec
 from fewstep.checkpoint.averages import rebuild_average
 from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
+from fewstep.conditioning import Part
 from fewstep.config import from_dict, to_dict
-from fewstep.denoiser import Denoiser, Parametrization, Sampler, load_weights
+from fewstep.denoiser import Denoiser, Parametrization, Sampler
 from fewstep.errors import CheckpointError
 from fewstep.process import AnyProcess
+from fewstep.weights import load_weights
 
 KIND = "fewstep-model"
 
@@ -35,6 +38,9 @@ class ModelConfig:
     value_range: tuple[float, float] = (-1.0, 1.0)
     sampler_times: dict[str, Any] = field(default_factory=dict)
     sampler: Sampler = "consistency"
+    parts: tuple[Part, ...] = ()
+    codec: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
 
 
 def describe(denoiser: Denoiser) -> dict[str, Any]:
@@ -43,7 +49,8 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
     times = {str(k): list(v) for k, v in d.sampler_times.items()}
     config = ModelConfig(
         d.process, d.native, d.parametrization, d.sample_shape, d.spec, d.num_classes,  # type: ignore[arg-type]
-        d.sigma_min, d.sigma_max, d.value_range, times, d.sampler,
+        d.sigma_min, d.sigma_max, d.value_range, times, d.sampler, d.conditioning.parts,
+        None if d.codec is None else d.codec.description, d.text,
     )  # fmt: skip
     return header(KIND) | to_dict(config)
 
@@ -69,12 +76,15 @@ def rebuild(description: dict[str, Any], source: str, network: Denoiser | None =
         native=config.native,
         sample_shape=config.sample_shape,
         num_classes=config.num_classes,
+        parts=config.parts,
         sigma_min=config.sigma_min,
         sigma_max=config.sigma_max,
         value_range=config.value_range,
         sampler=config.sampler,
         sampler_times={int(k): tuple(v) for k, v in config.sampler_times.items()},
         spec=config.backbone,
+        codec=None if config.codec is None else open_codec(config.codec),
+        text=config.text,
     )
 
 

@@ -140,4 +140,4 @@ def _stub(name: str, counts: Counter[tuple[str, int]], like: Denoiser, two_time:
 def _batch(student: Denoiser, random: StepRandom) -> Batch:
     x = student.sigma_data * random.normal("data", torch.empty(_ROWS, *student.sample_shape))
     label = torch.arange(_ROWS) % max(student.num_classes, 1)
-    return Batch(x, student.one_hot(label, _ROWS) if student.num_classes else None)
+    return Batch(x, student.condition(label, _ROWS) if student.num_classes else None)

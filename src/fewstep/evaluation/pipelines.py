@@ -214,9 +214,8 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
     place = str(local) if local.is_dir() else where
     try:
         with quiet(diffusers.utils.logging, CRITICAL):
-            pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
-                place, local_files_only=True, use_safetensors=True
-            )
+            kind: Any = diffusers.DiffusionPipeline
+            pipeline = kind.from_pretrained(place, local_files_only=True, use_safetensors=True)
         return pipeline.to(device)
     except Exception as error:  # someone else's code may raise anything
         do = "It must be complete, with its weights as .safetensors"

@@ -12,8 +12,9 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
+from fewstep.guidance import Guided
 from fewstep.jumps import Model, ddim
 from fewstep.objectives.base import to_device
 from fewstep.objectives.bridges import require_teacher

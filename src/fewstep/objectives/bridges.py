@@ -7,8 +7,9 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 
-from fewstep.denoiser import Denoiser, Guided
+from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
+from fewstep.guidance import Guided
 from fewstep.jumps import euler_step, heun_step
 from fewstep.objectives.pairs import Pair
 from fewstep.process import expand

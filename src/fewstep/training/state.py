@@ -21,11 +21,11 @@ from fewstep.checkpoint.store import (
     write_text,
 )
 from fewstep.config import to_dict
-from fewstep.denoiser import load_weights
 from fewstep.ema import PowerEMA
 from fewstep.errors import CheckpointError
 from fewstep.training.optim import optimizer_tensors, restore_optimizer
 from fewstep.training.trainer import Trainer
+from fewstep.weights import load_weights
 
 KIND = "fewstep-checkpoint"
 

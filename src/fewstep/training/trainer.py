@@ -67,6 +67,7 @@ class Trainer:
         set_dropout(self.student, config.student)
         for parameter in unused_parameters(self.student):
             parameter.requires_grad_(False)
+        after_step(self.student)
         self.objective = config.objective.prepare(self.student)
         self.averages = [_frozen_copy(self.student) for _ in config.emas]
         self.beside = self._company(teacher, features)
@@ -127,6 +128,7 @@ class Trainer:
         if config.optim.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self.trained.parameters()), config.optim.clip, norm)
         self.optimizer.step()
+        after_step(self.student)
         self.images_seen += config.batch_size
         self._average()
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
@@ -216,6 +218,14 @@ def trained_parts(student: Denoiser, extra: nn.Module | None) -> nn.Module:
     """Everything with gradients, as one module: ``backbone`` and, where the objective has its own, ``extra``."""
     parts = {"backbone": student.backbone}
     return nn.ModuleDict(parts if extra is None else parts | {"extra": extra})
+
+
+def after_step(student: Denoiser) -> None:
+    """What the network's layers do after every step of the optimiser (EDM2: forced weight normalisation)."""
+    for layer in student.backbone.modules():
+        act = getattr(layer, "after_step", None)
+        if act is not None:
+            act()
 
 
 def set_dropout(module: nn.Module, config: StudentConfig) -> None:

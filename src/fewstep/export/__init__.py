@@ -1,0 +1,1 @@
+"""Out of the library: pipelines, graphs and model cards."""
