@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from fewstep.errors import FewstepError
     from fewstep.evaluation import METRICS, Reference, evaluate, evaluate_samples, open_reference
     from fewstep.evaluation.agreement import teacher_agreement
+    from fewstep.exports.export import export
     from fewstep.guidance import Guided
     from fewstep.objectives import OBJECTIVES
     from fewstep.process import EDM, VP, DiscreteVP, Process, RectifiedFlow, TrigFlow
     from fewstep.recipes import RECIPES
     from fewstep.runs import Run, pretrain, resume, tune
     from fewstep.sampling import ode_sample, sample
+    from fewstep.training.synthetic import generate
 
 _HOMES = {
     "BACKBONES": "backbones",
@@ -44,6 +46,7 @@ _HOMES = {
     "Reference": "evaluation",
     "evaluate": "evaluation",
     "evaluate_samples": "evaluation",
+    "export": "exports.export",
     "open_reference": "evaluation",
     "teacher_agreement": "evaluation.agreement",
     "OBJECTIVES": "objectives",
@@ -60,13 +63,14 @@ _HOMES = {
     "tune": "runs",
     "ode_sample": "sampling",
     "sample": "sampling",
+    "generate": "training.synthetic",
 }
 
 __all__ = [
     "BACKBONES", "EDM", "METRICS", "OBJECTIVES", "RECIPES", "SOURCES", "VP", "Committed", "Denoiser", "DiscreteVP",
     "FewstepError", "Guided", "Parametrization", "Process", "RectifiedFlow", "Reference", "Run", "TrigFlow",
-    "commit_sample", "convert", "evaluate", "evaluate_samples", "load", "ode_sample", "open_reference", "open_source",
-    "pretrain", "resume", "sample", "save_model", "teacher_agreement", "tune",
+    "commit_sample", "convert", "evaluate", "evaluate_samples", "export", "generate", "load", "ode_sample",
+    "open_reference", "open_source", "pretrain", "resume", "sample", "save_model", "teacher_agreement", "tune",
 ]  # fmt: skip
 
 

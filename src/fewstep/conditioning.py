@@ -42,6 +42,10 @@ class Conditioning:
         if self.num_classes and self.parts:
             raise ConfigError("A network is told either a class or embeddings", got=self)
 
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part.name} {list(part.shape)}" for part in self.parts)
+        return f"told {parts}" if parts else f"{self.num_classes} classes"
+
     def __bool__(self) -> bool:
         return self.width > 0
 
@@ -66,7 +70,7 @@ class Conditioning:
     def unpack(self, rows: Condition) -> dict[str, Tensor]:
         """The parts of ``rows [b, width]`` by name, each ``[b, *shape]``."""
         pieces = torch.split(rows, [math.prod(part.shape) for part in self.parts], dim=1)
-        return {p.name: x.reshape(len(x), *p.shape) for p, x in zip(self.parts, pieces, strict=True)}
+        return {p.name: x.reshape(x.shape[0], *p.shape) for p, x in zip(self.parts, pieces, strict=True)}
 
     def encode(
         self, cond: Tensor | None, batch: int, nothing: Tensor | None, device: torch.device, dtype: torch.dtype

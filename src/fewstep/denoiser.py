@@ -7,6 +7,7 @@ flow-prediction and EDM preconditioning exist (:class:`Parametrization`).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.conditioning import Conditioning, Part
 from fewstep.errors import ConfigError, nearest
+from fewstep.levels import Codec
 from fewstep.process import PREDICTIONS, Process, affine, expand
 from fewstep.types import Condition, Samples, Times
 
@@ -28,29 +30,13 @@ LANDING_FLOOR = 0.002
 """Noise level, at sigma_d = 0.5, below which a two-time network hardly tells landing times apart."""
 
 
-class Codec(Protocol):
-    """Images <-> model space, for models of latents; ``description`` opens it again from a checkpoint."""
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What a checkpoint says of it, JSON-able."""
-        ...
-
-    def encode(self, images: Tensor) -> Samples:
-        """uint8 ``[b, c, H, W]`` -> latents ``[b, ...]``, float32."""
-        ...
-
-    def decode(self, latents: Samples) -> Tensor:
-        """Latents ``[b, ...]`` -> uint8 ``[b, c, H, W]``."""
-        ...
-
-
 class Backbone(Protocol):
     """A raw network ``F(x, c_noise, cond)``: knows no process. ``x [b, ...]``, ``c_noise [b]``.
 
     One that has an attribute ``two_time = True`` takes a fourth argument, ``c_landing [b, 2]``; one that has ``guided =
-    True`` takes ``guidance [b]`` by name. A buffer ``null_cond [width]`` is the condition that says nothing. A method
-    ``after_step()`` of the network or of any layer in it is called after every step of the optimiser.
+    True`` takes ``guidance [b]`` by name, within its ``guidance_range`` if it has that. A buffer ``null_cond [width]``
+    is the condition that says nothing. A method ``after_step()`` of the network or of any layer in it is called after
+    every step of the optimiser.
     """
 
     def __call__(self, x: Samples, c_noise: Tensor, cond: Condition | None = None) -> Tensor: ...
@@ -197,6 +183,11 @@ class Denoiser(nn.Module):
         return bool(getattr(self.backbone, "guided", False))
 
     @property
+    def guidance_range(self) -> tuple[float, float]:
+        """Least and largest strength of guidance that the network may be told."""
+        return getattr(self.backbone, "guidance_range", (-math.inf, math.inf))
+
+    @property
     def sigma_data(self) -> float:
         """Standard deviation of the data in model space."""
         return self.parametrization.sigma_data
@@ -231,7 +222,7 @@ class Denoiser(nn.Module):
             t: scalar or ``[b]``, in the time of ``process`` (sigma for EDM).
             cond: class indices ``[b]``, one-hot ``[b, num_classes]`` or packed embeddings ``[b, width]``; None is
                 "nothing said".
-            guidance: strength w that a guided student is told, scalar or ``[b]``; None is 1, no guidance.
+            guidance: strength w that a guided student is told, scalar or ``[b]``; None is 1, or as near as it knows.
             s: landing time of a two-time student, scalar or ``[b]``, on the same clock; None is 0.
 
         Returns:
@@ -241,7 +232,7 @@ class Denoiser(nn.Module):
             ConfigError: shapes do not fit, or the network cannot be told a landing time.
         """
         t = self._per_sample(t, x_t)
-        label = self.condition(cond, len(x_t))
+        label = self.condition(cond, x_t.shape[0])  # not len(): torch.export keeps the batch open
         if self.process == self.native:
             native_t, z, alpha, sigma = t, x_t, self.native.alpha(t), self.native.sigma(t)
             edm = sigma / alpha
@@ -275,7 +266,9 @@ class Denoiser(nn.Module):
     def _strength(self, guidance: Times | float | None, x_t: Samples) -> dict[str, Tensor]:
         """``guidance [b]`` by name for a network that is told it."""
         if self.guided:
-            return {"guidance": self._per_sample(1.0 if guidance is None else guidance, x_t).to(x_t.dtype)}
+            low, high = self.guidance_range
+            told = min(max(1.0, low), high) if guidance is None else guidance
+            return {"guidance": self._per_sample(told, x_t).to(x_t.dtype)}
         if guidance is not None:
             raise ConfigError(
                 "This network cannot be told a strength of guidance",
@@ -320,8 +313,8 @@ class Denoiser(nn.Module):
         keep = isinstance(t, Tensor) and t.is_floating_point()
         t = torch.as_tensor(t, dtype=None if keep else x_t.dtype, device=x_t.device)
         if t.ndim == 0:
-            return t.expand(len(x_t))
-        if t.shape != (len(x_t),):
+            return t.expand(x_t.shape[0])
+        if t.shape != x_t.shape[:1]:
             raise ConfigError("The times have the wrong shape", got=tuple(t.shape), want=f"a scalar or [{len(x_t)}]")
         return t
 

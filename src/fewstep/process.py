@@ -257,8 +257,36 @@ class DiscreteVP(Process):
     @classmethod
     def linear(cls, beta_0: float = 1e-4, beta_1: float = 0.02, steps: int = 1000) -> DiscreteVP:
         """Linear betas, as in DDPM (Ho et al. 2020)."""
-        betas = torch.linspace(beta_0, beta_1, steps, dtype=torch.float64)
-        return cls(tuple(torch.cumprod(1 - betas, 0).tolist()))
+        return cls.from_betas(torch.linspace(beta_0, beta_1, steps, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(cls, beta_0: float = 0.00085, beta_1: float = 0.012, steps: int = 1000) -> DiscreteVP:
+        """Betas whose square roots are linear, as in Stable Diffusion (Rombach et al. 2022)."""
+        return cls.from_betas(torch.linspace(beta_0**0.5, beta_1**0.5, steps, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def cosine(cls, steps: int = 1000) -> DiscreteVP:
+        """``alpha_bar(u) = cos^2(pi/2 (u + 0.008)/1.008)`` (Nichol and Dhariwal 2021): see :func:`cosine_betas`."""
+        return cls.from_betas(cosine_betas(steps))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor, *, zero_terminal_snr: bool = False) -> DiscreteVP:
+        """``alpha_bar_i = prod_{j <= i} (1 - beta_j)``, computed in the precision of ``betas [N]``.
+
+        Args:
+            zero_terminal_snr: shift and scale ``sqrt(alpha_bar)`` so that its last entry is 0 and its first stays (Lin
+                et al. 2024, algorithm 1). That last entry becomes 2**-24 as in diffusers, sigma_edm = 4096; or half
+                the entry before it, where that is less.
+
+        Raises:
+            ConfigError: ``alpha_bar`` does not decrease inside (0, 1).
+        """
+        bar = torch.cumprod(1 - betas, 0)
+        if zero_terminal_snr and len(bar) > 1:
+            root = bar.sqrt()
+            root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+            bar = torch.cat([root[:-1] ** 2, (root[-2:-1] ** 2 / 2).clamp_max(2**-24)])
+        return cls(tuple(bar.tolist()))
 
     @property
     def edm_range(self) -> tuple[float, float]:
@@ -296,6 +324,13 @@ class DiscreteVP(Process):
     def _cell(self, t: Times) -> tuple[Tensor, Tensor]:
         table = _log_sigmas(self.alphas_cumprod, t.device)
         return table, t.floor().clamp(0, len(table) - 2).long()
+
+
+def cosine_betas(steps: int) -> Tensor:
+    """``beta_i = min(0.999, 1 - alpha_bar((i + 1)/N)/alpha_bar(i/N))``, float64 ``[N]`` (Nichol and Dhariwal 2021)."""
+    u = torch.arange(steps + 1, dtype=torch.float64) / steps
+    bar = ((u + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    return (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
 
 
 @lru_cache(maxsize=16)

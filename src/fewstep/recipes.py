@@ -54,7 +54,7 @@ def _imagenet64(size: str, *, lr: float, dropout: float, teacher: str, published
     emas: tuple[AnyEMA, ...] = (ConstantEMA(0.9999), PowerEMA(0.010), PowerEMA(0.050), PowerEMA(0.100))
     return RunConfig(
         recipe=f"imagenet64-{size}",
-        note=f"{NOT_MEASURED}; published: {published}. Teacher: {teacher} (EDM2 networks come with a later release)",
+        note=f"{NOT_MEASURED}; published: {published}. Teacher: {teacher} (fewstep convert {teacher}.pkl)",
         images=12_800_000,
         batch_size=128,
         micro_batch=32,

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from fewstep.backbones import build
+from fewstep.backbones.vae import codec_of
+from fewstep.checkpoint.diffusers import is_here
 from fewstep.checkpoint.model import load
 from fewstep.checkpoint.store import write_text
-from fewstep.config import dump_yaml, from_dict, read_yaml, with_overrides
+from fewstep.config import dump_yaml, with_overrides
 from fewstep.data import SOURCES, Source, open_source
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.errors import CheckpointError, ConfigError, DataError, nearest
@@ -29,9 +31,13 @@ from fewstep.training.checks import check_fit, check_table
 from fewstep.training.config import DataConfig, RunConfig
 from fewstep.training.feature_space import open_differentiable
 from fewstep.training.finish import finish
+from fewstep.training.frozen import keeps_base, move_together
 from fewstep.training.loop import Watcher, stopping_at_once, train
+from fewstep.training.past import check_teacher, read_run
+from fewstep.training.prepared import prepared
 from fewstep.training.state import restore_state
 from fewstep.training.student import equip, make_student
+from fewstep.training.synthetic import own_samples, teachers_own
 from fewstep.training.trainer import Trainer
 from fewstep.world import World
 
@@ -68,7 +74,7 @@ def tune(
 
     Args:
         teacher: a denoiser, or the path of a model, run or converted checkpoint.
-        data: a source, or its spec ("digits", a folder, a zip, an npz).
+        data: a source, or its spec ("digits", a folder, a zip, an npz; "teacher": samples that it makes itself).
         recipe: a name in RECIPES; default "mid", or "fast" where something is said about the objective.
         objective: a name in OBJECTIVES; default: the recipe's.
         overrides: dotted paths, ``{"optim.lr": 1e-4, "images": 50_000}``.
@@ -87,7 +93,7 @@ def tune(
         model = teacher if isinstance(teacher, Denoiser) else load(teacher)
         if isinstance(teacher, str | Path):
             check_teacher(config, Path(teacher))
-        source = open_data(config.data) if isinstance(data, str | Path) else data
+        source = source_of(config, model, world) if isinstance(data, str | Path) else data
         check_fit(model, source)
         return _run(config, make_student(model, config), model, source, world, Path(out), watcher, command)
 
@@ -104,8 +110,10 @@ def pretrain(
 ) -> Run:
     """Train a small diffusion model from scratch, to tune it afterwards; arguments as :func:`tune`."""
     config = configure("pretrain", recipe, None, overrides, data)
+    if config.model.vae is not None:
+        config = replace(config, model=replace(config.model, vae=_absolute(config.model.vae)))
     with joined(device) as world:
-        source = open_data(config.data) if isinstance(data, str | Path) else data
+        source = source_of(config, None, world) if isinstance(data, str | Path) else data
         student = new_network(config, source)
         return _run(config, student, None, source, world, Path(out), watcher, command)
 
@@ -133,13 +141,15 @@ def resume(
     if (path / "report.html").is_file():
         return open_run(path)
     with joined(device) as world:
-        source = data if data is not None else open_data(config.data)
+        if config.job == "tune" and teacher is None:
+            teacher = teacher_again(config, path)
+        source = data if data is not None else source_of(config, teacher, world)
         if config.job == "pretrain":
             student = new_network(config, source)
         else:
-            teacher = teacher if teacher is not None else teacher_again(config, path)
             student = make_student(teacher if teacher is not None else load(path, weights="student"), config)
         check_fit(student, source)
+        source = prepared(student, source, config, world, watcher)
         trainer = make_trainer(config, student, source, world, teacher)
         restore_state(trainer, path)
         return _finish(trainer, teacher, path, watcher, command)
@@ -149,8 +159,8 @@ def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
     """The teacher of an unfinished run; None if it is gone and only its rows in the closing table need it.
 
     Raises:
-        CheckpointError: the objective needs it, or it was a network of the user's own, which the run directory
-            cannot contain.
+        CheckpointError: the objective or the data need it, or it was a network of the user's own, which the run
+            directory cannot contain.
     """
     if config.teacher == IN_MEMORY or ".py:" in config.teacher:
         given = IN_MEMORY if config.teacher == IN_MEMORY else f"as {config.teacher}"
@@ -158,11 +168,13 @@ def teacher_again(config: RunConfig, run: Path) -> Denoiser | None:
             f"'{run}' was tuned from a network of your own, given {given}",
             do=f"Give it again: fewstep resume {run} --network file.py:function, or resume(run, teacher=denoiser)",
         )
-    if Path(config.teacher).is_dir():
+    if is_here(config.teacher):
         return load(config.teacher)
-    if config.objective.needs_teacher:
+    own = own_samples(config.data.source) is not None
+    if config.objective.needs_teacher or own:
         raise CheckpointError(
-            f"The teacher '{config.teacher}' is gone, and the objective '{config.objective.kind}' follows it",
+            f"The teacher '{config.teacher}' is gone, and "
+            + ("the data are its own samples" if own else f"the objective '{config.objective.kind}' follows it"),
             do=f"Put it back, or give it: resume('{run}', teacher=denoiser)",
         )
     return None
@@ -190,7 +202,12 @@ def configure(
     config = with_overrides(config, overrides or {})
     if config.job != job:
         raise ConfigError(f"These settings are for a run to {config.job}", got=f"job: {config.job}", want=f"job: {job}")
-    name = _absolute(data) if isinstance(data, str | Path) else data.name
+    if isinstance(data, str | Path):
+        name = str(data) if own_samples(str(data)) is not None else _absolute(data)
+    else:
+        name = data.name
+    if config.eval.data is not None:
+        config = replace(config, eval=replace(config.eval, data=_absolute(config.eval.data)))
     return replace(config, data=replace(config.data, source=name))
 
 
@@ -206,23 +223,6 @@ def _inherit(objective: Objective, recipes: Objective) -> Objective:
     return replace(objective, **{name: getattr(recipes, name) for name in names})  # type: ignore[type-var]
 
 
-def check_teacher(config: RunConfig, teacher: Path) -> None:
-    """Refuse a few-step model where the objective follows a diffusion model.
-
-    Raises:
-        ConfigError: ``teacher`` is a tuned run.
-    """
-    if not config.objective.needs_teacher or not (teacher / "config.yaml").is_file():
-        return
-    past = read_run(teacher)
-    if past.job == "tune" and past.objective.kind != "diffusion":
-        raise ConfigError(
-            f"The objective '{config.objective.kind}' follows a diffusion model, and '{teacher}' is a few-step model",
-            got=f"a run tuned with '{past.objective.kind}'",
-            do=f"Give the diffusion model as TEACHER, and that run as the start: --set student.start={teacher}",
-        )
-
-
 def _absolute(path: str | Path) -> str:
     """A path that still holds when the run is resumed from another folder; names of sources stay names."""
     name = str(path)
@@ -236,17 +236,10 @@ def open_data(config: DataConfig) -> Source:
     )
 
 
-def read_run(path: Path) -> RunConfig:
-    """The configuration of a run directory.
-
-    Raises:
-        ConfigError: it is not a run directory.
-    """
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"'{path}' is not a run directory: it has no config.yaml", do="Give the --out of a tune or pretrain run"
-        )
-    return from_dict(RunConfig, read_yaml(path / "config.yaml"))
+def source_of(config: RunConfig, teacher: Denoiser | None, world: World) -> Source:
+    """The source of a run: as :func:`open_data`, or the teacher's own samples."""
+    own = teachers_own(config, teacher, world.device)
+    return open_data(config.data) if own is None else own
 
 
 def open_run(path: Path) -> Run:
@@ -255,17 +248,23 @@ def open_run(path: Path) -> Run:
     return Run(path, read_run(path), json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None)
 
 
+def _sizes(backbone: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+    """What the data says of a network, in that network's words."""
+    if backbone in ("edm", "adm"):
+        return {"img_resolution": shape[-1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
+    if backbone == "edm2":
+        return {"img_resolution": shape[-1], "img_channels": shape[0], "label_dim": classes}
+    return {"sample_shape": list(shape), "num_classes": classes}
+
+
 def new_network(config: RunConfig, source: Source) -> Denoiser:
     """A network with fresh weights (seeded) for pretraining on ``source``."""
     classes = source.num_classes if config.model.conditional else 0
     if config.model.conditional and not classes:
         raise DataError("A conditional model needs labels, and the data has none", got=source.name)
-    shape = tuple(source.shape)
-    kwargs = dict(config.model.kwargs)
-    if config.model.backbone == "edm":
-        kwargs |= {"img_resolution": shape[-1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
-    else:
-        kwargs |= {"sample_shape": list(shape), "num_classes": classes}
+    codec = None if config.model.vae is None else codec_of(config.model.vae)
+    shape = tuple(source.shape) if codec is None else codec.latent_shape(tuple(source.shape))
+    kwargs = config.model.kwargs | _sizes(config.model.backbone, shape, classes)
     spec = {"name": config.model.backbone, "kwargs": kwargs}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -275,7 +274,7 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
         raise ConfigError(
             f"The network '{config.model.backbone}' cannot be built for samples of shape {shape}: {error}",
             got=f"model.kwargs={config.model.kwargs}",
-            do="Images need unet, dit or edm, points need mlp: --set model.backbone=mlp",
+            do="Images need unet, dit, edm, adm or edm2, points need mlp: --set model.backbone=mlp",
         ) from error
     network = Denoiser(
         backbone,
@@ -285,6 +284,7 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
         num_classes=classes,
         sigma_max=config.model.sigma_max,
         spec=spec,
+        codec=codec,
     )
     return equip(network, config)
 
@@ -292,11 +292,15 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
 def make_trainer(
     config: RunConfig, student: Denoiser, source: Source, world: World, teacher: Denoiser | None
 ) -> Trainer:
-    """A trainer with the networks that the objective needs beside the student."""
+    """A trainer with the networks that the objective needs beside the student, on the device.
+
+    A teacher whose weights the student shares goes there with it, in place.
+    """
+    move_together([student, teacher] if teacher is not None and keeps_base(config) else [student], world.device)
     features = None
     if config.objective.features is not None:
         features = open_differentiable(config.objective.features)
-    return Trainer(config, student.to(world.device), source, world, teacher, features)
+    return Trainer(config, student, source, world, teacher, features)
 
 
 def demo_teacher() -> Path:
@@ -337,6 +341,7 @@ def _run(
             else "Choose another --out",
         )
     check_table(config, source)
+    source = prepared(student, source, config, world, watcher)
     trainer = make_trainer(config, student, source, world, teacher)
     world.wait()
     if world.leads:

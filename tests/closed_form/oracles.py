@@ -166,6 +166,56 @@ class Mixture:
         return (logits.softmax(1) * means).sum(1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class GuidedGaussians:
+    """One Gaussian N(mean, variance) per class and one, the last, for "no label"; guided: ``v_u + w (v_c - v_u)``.
+
+    The guided flow is affine, ``dx/dt = a(t) x - b(t)`` with ``a = t sum_i share_i/(variance_i + t^2)`` and
+    ``b = t sum_i share_i mean_i/(variance_i + t^2)`` over i = u, c with shares 1 - w, w. Points are ``x [b, 1]``,
+    labels one-hot ``[b, 2]`` or all zero, strengths ``w [b]``.
+    """
+
+    means: Tensor = field(default_factory=lambda: torch.tensor([-0.7, 0.9, 0.2], dtype=torch.float64))
+    variances: Tensor = field(default_factory=lambda: torch.tensor([0.1, 0.3, 0.8], dtype=torch.float64))
+
+    def _law(self, cond: Tensor) -> Tensor:
+        """Which law each row follows."""
+        return torch.where(cond.any(1), cond.argmax(1), len(self.means) - 1)
+
+    def denoise(self, x: Tensor, t: Time, cond: Tensor, w: Time = 1.0) -> Tensor:
+        """``D_u + w (D_c - D_u)``."""
+        free, own = torch.zeros_like(cond), column(w)
+        return self._plain(x, t, free) + own * (self._plain(x, t, cond) - self._plain(x, t, free))
+
+    def _plain(self, x: Tensor, t: Time, cond: Tensor) -> Tensor:
+        mean, variance = (v[self._law(cond)][:, None] for v in (self.means, self.variances))
+        return mean + variance / (variance + column(t) ** 2) * (x - mean)
+
+    def flow(self, x: Tensor, t: Tensor, s: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        """The exact guided flow map from t to s, both ``[b]``: the forcing by Gauss-Legendre in asinh(4 t)."""
+        nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(64))
+        top, bottom = (4 * t).asinh()[:, None], (4 * s).asinh()[:, None]
+        u = (top + bottom) / 2 + (top - bottom) / 2 * nodes
+        tau, d_tau = u.sinh() / 4, u.cosh() / 4 * (top - bottom) / 2 * weights
+        forcing = (self._forcing(tau, cond, w) / self._growth(tau, cond, w) * d_tau).sum(1, keepdim=True)
+        return self._growth(s[:, None], cond, w) * (x / self._growth(t[:, None], cond, w) + forcing)
+
+    def endpoint(self, x: Tensor, t: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        """Where the guided flow through (x, t) lands at time 0."""
+        return self.flow(x, t, torch.zeros_like(t), cond, w)
+
+    def _pair(self, cond: Tensor, w: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(share, mean, variance), each ``[b, 1]``, of "no label" and of the row's own law."""
+        laws = ((1 - w, torch.full((len(w),), len(self.means) - 1)), (w, self._law(cond)))
+        return [(share[:, None], self.means[k][:, None], self.variances[k][:, None]) for share, k in laws]
+
+    def _growth(self, t: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        return math.prod((v + t**2) ** (share / 2) for share, _, v in self._pair(cond, w))
+
+    def _forcing(self, t: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        return sum(t * share * mean / (v + t**2) for share, mean, v in self._pair(cond, w))
+
+
 # ------------------------------------------------------------------------------- as denoisers
 class Plain(nn.Module):
     """A function of (x, t) as a backbone with one idle float64 parameter, which sets the dtype."""

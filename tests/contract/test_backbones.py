@@ -20,18 +20,40 @@ SMALL: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
          "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.2},
     ),
+    "adm": (
+        IMAGE,
+        {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 8],
+         "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.2},
+    ),
+    "edm2": (
+        IMAGE,
+        {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+         "attn_resolutions": [4], "channels_per_head": 8, "logvar_channels": 8, "dropout": 0.2},
+    ),
     "unet": (IMAGE, {"sample_shape": [1, 8, 8], "channels": 8, "blocks": 1, "attention": [4], "dropout": 0.2}),
     "dit": (IMAGE, {"sample_shape": [1, 8, 8], "width": 16, "depth": 2, "heads": 2, "dropout": 0.2}),
     "mlp": (POINT, {"sample_shape": [2], "width": 16, "depth": 2}),
 }  # fmt: skip
+SMALL["diffusers"] = (
+    IMAGE,
+    {"kind": "UNet2DModel", "config": {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4, "attention_head_dim": 4, "dropout": 0.2}},
+)  # fmt: skip
 SMALL["two_time"] = (IMAGE, {"inner": {"name": "unet", "kwargs": SMALL["unet"][1]}})
+SMALL["guided"] = (IMAGE, SMALL["two_time"][1] | {"low": 1.0, "high": 3.0})
 CLASSES = 3
 
 
 def spec_of(name: str, classes: int = 0) -> dict[str, Any]:
-    if name == "two_time":
-        return {"name": name, "kwargs": {"inner": spec_of("unet", classes)}}
-    count = {"label_dim" if name == "edm" else "num_classes": classes} if classes else {}
+    if name in ("two_time", "guided"):
+        return {"name": name, "kwargs": SMALL[name][1] | {"inner": spec_of("unet", classes)}}
+    if name == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers is not installed: its networks cannot be built")
+        config = SMALL[name][1]["config"] | ({"num_class_embeds": classes} if classes else {})
+        return {"name": name, "kwargs": {"kind": "UNet2DModel", "config": config}}
+    count = {"label_dim" if name in ("edm", "adm", "edm2") else "num_classes": classes} if classes else {}
     return {"name": name, "kwargs": SMALL[name][1] | count}
 
 
@@ -56,9 +78,10 @@ def inputs(name: str, dtype: torch.dtype = torch.float32, rows: int = 4) -> tupl
 
 
 def raw(model: Denoiser, x: Tensor, c_noise: Tensor) -> Tensor:
-    """The network itself; a two-time one is told a jump to its c_noise from twice that."""
+    """The network itself; a two-time one is told a jump to its c_noise from twice that, a guided one strength 2."""
     told = (torch.stack((c_noise, 2 * c_noise), dim=1),) if model.two_time else ()
-    return model.backbone(x, c_noise, None, *told)
+    strength = {"guidance": torch.full_like(c_noise, 2.0)} if model.guided else {}
+    return model.backbone(x, c_noise, None, *told, **strength)
 
 
 def test_every_backbone_is_here() -> None:
@@ -119,7 +142,7 @@ class TestBackbone:
         model, (x, t) = make(name, CLASSES).train(), inputs(name)
         model(x, t, torch.arange(len(x)) % CLASSES).square().sum().backward()
         idle = [n for n, p in model.backbone.named_parameters() if p.grad is None or not p.grad.any()]
-        assert [n for n in idle if "map_augment" not in n] == []
+        assert [n for n in idle if "map_augment" not in n and "logvar" not in n] == []
 
     def test_dropout_only_in_training(self, name: str) -> None:
         if "dropout" not in str(SMALL[name][1]):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fewstep import SOURCES, open_source
 from fewstep.data import Source, decode, encode
+from fewstep.data.shards import ShardWriter
 from fewstep.errors import DataError
 
 BUILT_IN = {"digits": (1797, (1, 8, 8), 10), "tiles": (4192, (3, 32, 32), 8), "gaussians8": (65536, (2,), 8)}
@@ -40,18 +41,39 @@ def write_zip(path: Path) -> Path:
     return path / "x.zip"
 
 
+def write_hf(path: Path) -> str:
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)})
+    rows = {"image": [Image.fromarray(p) for p in pictures()], "label": [i % 2 for i in range(6)]}
+    (path / "hf").mkdir()
+    datasets.Dataset.from_dict(rows, features=kinds).to_parquet(path / "hf" / "train.parquet")
+    return f"hf:{path / 'hf'}"
+
+
 def write_npz(path: Path) -> Path:
     np.savez(path / "x.npz", x=pictures(), y=np.arange(6) % 2)
     return path / "x.npz"
 
 
-WRITERS: dict[str, Callable[[Path], Path]] = {"folder": write_folder, "zip": write_zip, "npz": write_npz}
+def write_shards(path: Path) -> Path:
+    images = torch.from_numpy(pictures()).permute(0, 3, 1, 2)
+    with ShardWriter(path / "shards", {"made": "for a test"}, 6, 4) as writer:
+        writer.add({"x": images, "label": torch.arange(6) % 2})
+    return path / "shards"
+
+
+WRITERS: dict[str, Callable[[Path], Path | str]] = {
+    "folder": write_folder, "zip": write_zip, "npz": write_npz, "shards": write_shards, "hf": write_hf,
+}  # fmt: skip
 
 
 @pytest.fixture(params=SOURCES)
-def spec(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+def spec(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Kind of a source, and what opens one of it."""
     kind = str(request.param)
+    if kind == "hf":
+        config = pytest.importorskip("datasets").config
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return kind, kind if kind in BUILT_IN else str(WRITERS[kind](tmp_path))
 
 

@@ -149,11 +149,12 @@ def test_optimizer_state_is_bit_equal(golden: Path) -> None:
             assert torch.equal(slot[key], torch.from_numpy(expected[f"opt/model.{name}/{key}"])), name
 
 
-def test_edm2_is_read_but_not_convertible_yet(golden: Path) -> None:
+def test_edm2_is_read(golden: Path) -> None:
     path = golden / "edm2_snapshot.pkl"
     expected = below(arrays(golden / "edm2_snapshot_expected.npz"), "w/")
     record = read_network(path)
     assert (record.precond_class, record.model_class) == ("Precond", "UNet")
+    assert record.encoder_class == "StandardRGBEncoder"
     assert_bit_equal(record.state, below(expected, "unet."))
     assert_bit_equal(record.precond_state, {k: v for k, v in expected.items() if not k.startswith("unet.")})
     assert {tensor.dtype for tensor in record.state.values()} == {torch.float16}

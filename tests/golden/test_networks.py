@@ -1,4 +1,4 @@
-"""DDPM++ and NCSN++ against the numbers of the peer's own code (shared/golden/networks.npz)."""
+"""DDPM++, NCSN++ and ADM against the numbers of the peer's own code (shared/golden/networks.npz)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewstep.backbones.adm import ADM
 from fewstep.backbones.edm import SongUNet, ddpmpp, ncsnpp
 from fewstep.backbones.edm_layers import Resample
 from fewstep.errors import ConfigError, DataError, FewstepError
 
-CASES = ("ddpmpp", "ddpmpp_cond_augment", "ncsnpp", "ncsnpp_cond_augment", "ddpmpp_skip")
-CONDITIONAL = ("ddpmpp_cond_augment", "ncsnpp_cond_augment")
+CASES = (
+    "ddpmpp", "ddpmpp_cond_augment", "ncsnpp", "ncsnpp_cond_augment", "ddpmpp_skip",
+    "adm", "adm_cond_augment", "adm_two_heads",
+)  # fmt: skip
+CONDITIONAL = ("ddpmpp_cond_augment", "ncsnpp_cond_augment", "adm_cond_augment")
+KINDS = {"SongUNet": SongUNet, "DhariwalUNet": ADM}
 
 
 @cache
 def load(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files if not name.startswith("adm")}
+        return {name: stored[name] for name in stored.files}
 
 
 @pytest.fixture
@@ -44,9 +49,8 @@ class Golden:
     def __init__(self, arrays: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> None:
         self.arrays, self.name, self.dtype = arrays, name, dtype
         kwargs = json.loads(str(arrays[f"{name}/kwargs_json"]))
-        assert kwargs.pop("model_type") == "SongUNet"
-        channels = kwargs.pop("img_channels")
-        self.net = SongUNet(in_channels=channels, out_channels=channels, **kwargs).to(dtype)
+        kind, channels = KINDS[kwargs.pop("model_type")], kwargs.pop("img_channels")
+        self.net = kind(in_channels=channels, out_channels=channels, **kwargs).to(dtype)
         head = f"{name}/w/model."
         weights = {key[len(head) :]: value for key, value in arrays.items() if key.startswith(head)}
         tensors = {key: torch.from_numpy(value).to(dtype) for key, value in weights.items()}

@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbones.adm import ADM
 from fewstep.backbones.edm import SongUNet
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.process import EDM, VP, Process
 
-CASES = ("ddpmpp", "ddpmpp_cond_augment", "ncsnpp", "ncsnpp_cond_augment", "ddpmpp_skip")
+CASES = (
+    "ddpmpp", "ddpmpp_cond_augment", "ncsnpp", "ncsnpp_cond_augment", "ddpmpp_skip",
+    "adm", "adm_cond_augment", "adm_two_heads",
+)  # fmt: skip
+KINDS = {"SongUNet": SongUNet, "DhariwalUNet": ADM}
 PRECONDITIONERS: dict[str, tuple[Process, Parametrization, bool, bool]] = {
     # name: (native process, parametrization, training mode, augment labels given)
     "D_edm": (EDM(), Parametrization("edm"), False, True),
@@ -29,7 +34,7 @@ PRECONDITIONERS: dict[str, tuple[Process, Parametrization, bool, bool]] = {
 class Augmented(nn.Module):
     """The network with fixed augmentation labels."""
 
-    def __init__(self, net: SongUNet, augment: Tensor | None) -> None:
+    def __init__(self, net: nn.Module, augment: Tensor | None) -> None:
         super().__init__()
         self.net, self.augment = net, augment
 
@@ -45,9 +50,8 @@ def test_denoisers_match_the_peers(shared: Path, case: str, what: str) -> None:
     with np.load(shared / "golden" / "networks.npz", allow_pickle=False) as stored:
         arrays = {k.removeprefix(f"{case}/"): stored[k] for k in stored.files if k.startswith(f"{case}/")}
     kwargs = json.loads(str(arrays["kwargs_json"]))
-    assert kwargs.pop("model_type") == "SongUNet"
-    channels = kwargs.pop("img_channels")
-    net = SongUNet(in_channels=channels, out_channels=channels, **kwargs).double()
+    kind, channels = KINDS[kwargs.pop("model_type")], kwargs.pop("img_channels")
+    net = kind(in_channels=channels, out_channels=channels, **kwargs).double()
     head = "w/model."
     net.load_state_dict({k[len(head) :]: torch.from_numpy(v).double() for k, v in arrays.items() if k.startswith(head)})
     native, parametrization, training, augmented = PRECONDITIONERS[what]

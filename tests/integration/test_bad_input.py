@@ -174,7 +174,10 @@ CASES = {
         "--times and --steps do not agree. Got: 2 times, --steps 3",
     ),
     "ode times": ("sample TEACHER --out OUT --times 80,1 --sampler ode", "--times does not go with --sampler ode"),
-    "ode guidance": ("sample COND --out OUT --guidance 2 --sampler ode", "--guidance does not go with --sampler ode"),
+    "guided commit": (
+        "sample COND --out OUT --guidance 2 --sampler ode --commit confidence",
+        "--guidance does not go with --commit",
+    ),
     "no classes": ("sample TEACHER --out OUT --label 1", "The model is not class-conditional. Got: --label 1"),
     "class": ("sample COND --out OUT --label 3", "There is no such class. Got: --label 3. Wanted: 0 to 2"),
     "guidance": ("sample TEACHER --out OUT --guidance 2", "Guidance needs a class-conditional model"),

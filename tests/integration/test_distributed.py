@@ -98,10 +98,10 @@ def assignments(overrides: dict[str, Any]) -> list[str]:
     return ["--set", *(f"{k}={json.dumps(v)}" for k, v in overrides.items())]
 
 
-def alone(tiny_path: Path, out: Path, dtype: torch.dtype, **more: Any) -> Path:
+def alone(tiny_path: Path, out: Path, dtype: torch.dtype, data: str = "digits", **more: Any) -> Path:
     """The same run in this process."""
     teacher = fewstep.load(tiny_path).to(dtype)
-    return fewstep.tune(teacher, "digits", out=out, overrides=OVERRIDES | more, device="cpu").path
+    return fewstep.tune(teacher, data, out=out, overrides=OVERRIDES | more, device="cpu").path
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -125,6 +125,15 @@ def assert_close(run: Path, other: Path, atol: float, start: dict[str, Tensor]) 
     assert len(logs[0]) == 3
     for first, second in zip(*logs, strict=True):
         assert first[3:] == pytest.approx(second[3:], rel=1e-5)
+
+
+def test_two_processes_on_samples_that_each_makes_for_itself(torchrun: Launch, tiny_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    teacher = write_teacher(tmp_path, out, tiny_path, "double")
+    done = torchrun("tune", teacher, "--data", "teacher:3", "--out", out, *assignments(OVERRIDES))
+    assert done.returncode == 0, done.stderr
+    one = alone(tiny_path, tmp_path / "one", torch.float64, "teacher:3")
+    assert_close(out, one, 1e-12, fewstep.load(tiny_path).double().backbone.state_dict())
 
 
 def test_two_processes_with_micro_batches_in_double(torchrun: Launch, tiny_path: Path, tmp_path: Path) -> None:
@@ -155,6 +164,24 @@ def test_two_processes_preempted_and_resumed_in_single(torchrun: Launch, tiny_pa
     assert done.returncode == 0, done.stderr
     one = alone(tiny_path, tmp_path / "one", torch.float32)
     assert_close(out, one, 1e-5, fewstep.load(tiny_path).backbone.state_dict())
+
+
+@pytest.mark.parametrize("kept", [{"adapter.kind": "lora", "adapter.rank": 2}, {"student.freeze": ["down", "stem"]}])
+def test_two_processes_that_keep_a_base(
+    kept: dict[str, Any], torchrun: Launch, tiny_path: Path, tmp_path: Path
+) -> None:
+    """An adapter, or frozen parts: gradients of what is trained alone are shared."""
+    if "adapter.kind" in kept:
+        pytest.importorskip("peft")
+    settings = kept | {"optim": OVERRIDES["optim"] | {"lr": 0.03}}
+    out = tmp_path / "two"
+    teacher = write_teacher(tmp_path, out, tiny_path, "double")
+    done = torchrun("tune", teacher, "--data", "digits", "--out", out, *assignments(OVERRIDES | settings))
+    assert done.returncode == 0, done.stderr
+    one = alone(tiny_path, tmp_path / "one", torch.float64, **settings)
+    first = read_tensors(one / "checkpoints" / "images-000000000" / "student.safetensors")
+    assert any("lora_A" in name for name in first) is ("adapter.kind" in kept)
+    assert_close(out, one, 1e-12, first)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 16, 64])

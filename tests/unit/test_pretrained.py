@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.checkpoint.hub import PROBE_SECONDS
 from fewstep.errors import CheckpointError, ConfigError, DataError
 from fewstep.evaluation import inception, pretrained
 from fewstep.evaluation.features import features_of, is_fid_net, iter_outputs, open_features
@@ -486,7 +487,7 @@ def test_an_unreachable_hub_is_asked_once(hub_cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
     with pytest.raises(CheckpointError, match=r"does not answer \(OSError: Name or service not known\)\. Run `hf down"):
         open_features("dinov2:someone/dino")
-    assert asked == [(huggingface_hub.constants.ENDPOINT, pretrained.PROBE_SECONDS)]
+    assert asked == [(huggingface_hub.constants.ENDPOINT, PROBE_SECONDS)]
 
 
 def test_a_hub_that_answers_is_asked_for_the_files(hub_cache: Path, dinov2: Path, monkeypatch: Any) -> None:

@@ -106,7 +106,7 @@ def test_given_times_are_used() -> None:
 
 def test_points_stay_floats() -> None:
     denoiser = Denoiser.from_module(Flat(), process=EDM(), prediction="x0", sample_shape=(2,))
-    made = generated(denoiser, 11, 1, seed=4, batch_size=4, is_images=False)
+    made = generated(denoiser, 11, 1, seed=4, batch_size=4)
     assert joined(made).dtype == torch.float32
     assert torch.equal(joined(made), sample(denoiser, 11, seed=4))
 
@@ -149,8 +149,9 @@ def test_images_reach_the_host_as_bytes_of_the_models_range() -> None:
         Affine(), process=EDM(), prediction="x0", sample_shape=SHAPE, value_range=(0.0, 1.0)
     )
     x = torch.tensor([0.0, 0.5, 1.0, 1.2])
-    assert to_host(denoiser, x, True).tolist() == [0, 128, 255, 255]
-    assert to_host(denoiser, x.double(), False).dtype == torch.float32
+    assert to_host(denoiser, x).tolist() == [0, 128, 255, 255]
+    points = Denoiser.from_module(Flat(), process=EDM(), prediction="x0", sample_shape=(2,))
+    assert to_host(points, x.double()).dtype == torch.float32
 
 
 def test_no_random_stream_is_touched() -> None:

@@ -122,7 +122,7 @@ def test_packaged_sets_are_the_same_at_every_opening(name: str) -> None:
 
 
 def test_the_registry_names_what_open_source_opens() -> None:
-    assert list(SOURCES) == ["digits", "tiles", "gaussians8", "folder", "zip", "npz"]
+    assert list(SOURCES) == ["digits", "tiles", "gaussians8", "folder", "zip", "npz", "shards"]
 
 
 @settings(deadline=None, max_examples=30)

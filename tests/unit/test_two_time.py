@@ -20,6 +20,10 @@ CLASSES = 3
 SPECS: dict[str, dict[str, Any]] = {
     "edm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
             "num_blocks": 1, "attn_resolutions": [4], "label_dim": CLASSES},
+    "adm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
+            "num_blocks": 1, "label_dim": CLASSES},
+    "edm2": {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+             "attn_resolutions": [4], "channels_per_head": 8, "logvar_channels": 8, "label_dim": CLASSES},
     "unet": {"sample_shape": [1, 8, 8], "channels": 8, "blocks": 1, "attention": [4], "num_classes": CLASSES},
     "dit": {"sample_shape": [1, 8, 8], "width": 16, "depth": 2, "heads": 2, "num_classes": CLASSES},
     "mlp": {"sample_shape": [2], "width": 16, "depth": 2, "num_classes": CLASSES},
@@ -172,7 +176,7 @@ def test_a_module_of_ones_own_is_refused_with_a_remedy() -> None:
             return x
 
     own = Denoiser.from_module(Own(), process=EDM(), prediction="x0", sample_shape=(2,))
-    with pytest.raises(ConfigError, match=r"cannot be told a landing time.*edm, unet, dit or mlp.*--objective ect"):
+    with pytest.raises(ConfigError, match=r"cannot be told a landing time.*edm, adm, edm2, unet, dit or mlp.*--objective ect"):
         with_landing(own)
 
 

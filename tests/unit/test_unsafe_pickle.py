@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -280,6 +281,21 @@ def test_a_numpy_scalar_becomes_its_number(write: Callable[[bytes], Path], order
     for module_name in ("numpy.core.multiarray", "numpy._core.multiarray"):
         assert read_pickle(write(pickled(Call(module_name, "scalar", (plain, value))))) == 0.7071
     refusal(write(pickled(Call("numpy.core.multiarray", "scalar", (plain, value[:4])))))
+
+
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_a_numpy_array_is_a_record(write: Callable[[bytes], Path], core: bytes) -> None:
+    """EDM2's encoder of latents keeps its scales in two, as numpy 1 or 2 names them; nothing is made of them."""
+    opcodes = pickle.dumps(np.ones(4, np.float32), protocol=2)[2:-1]
+    array = Raw(opcodes.replace(b"cnumpy._core.multiarray\n", b"cnumpy." + core + b".multiarray\n"))
+    encoder = module("StabilityVAEEncoder", {}, {}, scale=array)
+    path = write(pickled(snapshot(tensor(), encoder=encoder)))
+    tree = read_pickle(path)
+    assert isinstance(tree, dict)
+    scale = tree["encoder"].state["scale"]
+    assert isinstance(scale, Opaque)
+    assert scale.name == f"numpy.{core.decode()}.multiarray._reconstruct"
+    assert read_network(path).encoder_class == "StabilityVAEEncoder"
 
 
 def test_terminal_escapes_in_a_name_are_not_printed(write: Callable[[bytes], Path]) -> None:

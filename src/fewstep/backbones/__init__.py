@@ -6,17 +6,25 @@ from typing import Any
 
 from torch import nn
 
+from fewstep.backbones.adm import ADM
 from fewstep.backbones.edm import SongUNet
+from fewstep.backbones.edm2 import EDM2
+from fewstep.backbones.guided import GuidanceTold
+from fewstep.backbones.hf import DiffusersNetwork
 from fewstep.backbones.small import MLP, DiT, UNet
 from fewstep.backbones.two_time import TwoTime
 from fewstep.errors import ConfigError, nearest
 
 BACKBONES: dict[str, type[nn.Module]] = {
     "edm": SongUNet,
+    "adm": ADM,
+    "edm2": EDM2,
     "unet": UNet,
     "dit": DiT,
     "mlp": MLP,
+    "diffusers": DiffusersNetwork,
     "two_time": TwoTime,
+    "guided": GuidanceTold,
 }
 
 

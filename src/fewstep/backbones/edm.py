@@ -29,12 +29,13 @@ from fewstep.backbones.edm_layers import (
     group_norm,
     linear,
 )
+from fewstep.backbones.layout import check_sizes, check_taps
 from fewstep.errors import ConfigError, nearest
 
 EMBEDDINGS = {"positional": PositionalEmbedding, "fourier": FourierEmbedding}
 ENCODERS = ("standard", "skip", "residual")
 DECODERS = ("standard", "skip")
-LEAST = {"img_resolution": 1, "in_channels": 1, "out_channels": 1, "label_dim": 0, "augment_dim": 0}
+LEAST = {"in_channels": 1, "out_channels": 1, "label_dim": 0, "augment_dim": 0}
 LEAST |= {"model_channels": 1, "channel_mult_emb": 1, "num_blocks": 1, "channel_mult_noise": 1}
 
 
@@ -101,36 +102,16 @@ def _check_names(config: SongUNetConfig) -> None:
 
 def _check_sizes(config: SongUNetConfig) -> None:
     """Refuse sizes that no network can be built from."""
-    for field, least in LEAST.items():
-        value = getattr(config, field)
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"Unusable {field} of an EDM network", got=value, want=f"an integer >= {least}")
-    for field in ("dropout", "label_dropout"):
-        if not 0 <= getattr(config, field) < 1:
-            raise ConfigError(f"{field} is not a probability", got=getattr(config, field), want="0 <= p < 1")
-    levels = len(config.channel_mult)
-    if levels == 0 or any(not isinstance(mult, int) or mult < 1 for mult in config.channel_mult):
-        raise ConfigError("channel_mult needs one whole factor >= 1 per level", got=config.channel_mult)
-    if config.img_resolution % 2 ** (levels - 1):
-        raise ConfigError(
-            f"Images of {config.img_resolution} pixels cannot be halved {levels - 1} times",
-            got=f"img_resolution {config.img_resolution} with {levels} levels {config.channel_mult}",
-            want=f"a multiple of {2 ** (levels - 1)}",
-            do="Resize or pad the images, or shorten channel_mult",
-        )
+    least = {name: (getattr(config, name), low) for name, low in LEAST.items()}
+    shares = {"dropout": config.dropout, "label_dropout": config.label_dropout}
+    check_sizes(config.img_resolution, config.channel_mult, least, shares)
     if config.noise_channels < 4 or config.noise_channels % 2:
         raise ConfigError(
             "The noise embedding needs an even number of channels",
             got=f"model_channels * channel_mult_noise = {config.noise_channels}",
             want="an even number, at least 4",
         )
-    taps = config.resample_filter
-    if not taps or len(taps) % 2 or sum(taps) == 0:
-        raise ConfigError(
-            "The resampling filter needs an even number of taps with a sum other than 0",
-            got=taps,
-            want="for example [1, 1] or [1, 3, 3, 1]",
-        )
+    check_taps(config.resample_filter)
 
 
 class SongUNet(nn.Module):
@@ -260,9 +241,9 @@ class SongUNet(nn.Module):
         """Noise, label, augmentation and landing -> the vector ``[b, e]`` that modulates every block."""
         emb = self.map_noise(c_noise).to(dtype)
         if self.map_label is not None:
-            classes = emb.new_zeros(len(emb), self.config.label_dim) if cond is None else cond.to(dtype)
+            classes = emb.new_zeros(emb.shape[0], self.config.label_dim) if cond is None else cond.to(dtype)
             if self.training and self.config.label_dropout > 0:
-                drawn = F.dropout(classes.new_ones(len(emb), 1), self.config.label_dropout, True)
+                drawn = F.dropout(classes.new_ones(emb.shape[0], 1), self.config.label_dropout, True)
                 classes = classes * (drawn > 0).to(dtype)  # through F.dropout, so that a DropoutTape draws it
             emb = emb + self.map_label(classes * math.sqrt(self.config.label_dim))
         if self.map_augment is not None and augment is not None:
@@ -316,7 +297,7 @@ def _encoder(config: SongUNetConfig) -> tuple[nn.ModuleDict, list[int]]:
             enc[f"{at}_conv"] = conv(width, config.model_channels, 3)
             width = config.model_channels
         else:
-            enc[f"{at}_down"] = ResidualBlock(width, width, emb, dropout=dropout, resample="down", taps=taps)
+            enc[f"{at}_down"] = ResidualBlock(width, width, emb, side=side, dropout=dropout, resample="down", taps=taps)
         if level > 0 and config.encoder_type == "skip":
             enc[f"{at}_aux_down"] = Resample(taps, "down")
             enc[f"{at}_aux_skip"] = conv(aux_width, width, 1)
@@ -326,7 +307,9 @@ def _encoder(config: SongUNetConfig) -> tuple[nn.ModuleDict, list[int]]:
         skips.append(width)
         for index in range(config.num_blocks):
             attention = side in config.attn_resolutions
-            enc[f"{at}_block{index}"] = ResidualBlock(width, out, emb, dropout=dropout, attention=attention)
+            enc[f"{at}_block{index}"] = ResidualBlock(
+                width, out, emb, side=side, dropout=dropout, attention=attention
+            )
             width = out
             skips.append(width)
     return enc, skips
@@ -340,14 +323,16 @@ def _decoder(config: SongUNetConfig, skips: list[int]) -> nn.ModuleDict:
     for level, side in reversed(list(enumerate(config.resolutions))):
         at, out = f"{side}x{side}", config.widths[level]
         if level == coarsest:
-            dec[f"{at}_in0"] = ResidualBlock(width, width, emb, dropout=dropout, attention=True)
-            dec[f"{at}_in1"] = ResidualBlock(width, width, emb, dropout=dropout)
+            dec[f"{at}_in0"] = ResidualBlock(width, width, emb, side=side, dropout=dropout, attention=True)
+            dec[f"{at}_in1"] = ResidualBlock(width, width, emb, side=side, dropout=dropout)
         else:
-            dec[f"{at}_up"] = ResidualBlock(width, width, emb, dropout=dropout, resample="up", taps=taps)
+            dec[f"{at}_up"] = ResidualBlock(width, width, emb, side=side, dropout=dropout, resample="up", taps=taps)
         for index in range(config.num_blocks + 1):
             attention = index == config.num_blocks and side in config.attn_resolutions
             merged = width + skips.pop()
-            dec[f"{at}_block{index}"] = ResidualBlock(merged, out, emb, dropout=dropout, attention=attention)
+            dec[f"{at}_block{index}"] = ResidualBlock(
+                merged, out, emb, side=side, dropout=dropout, attention=attention
+            )
             width = out
         if level == 0 or config.decoder_type == "skip":
             if level < coarsest and config.decoder_type == "skip":

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.backbones.layout import LocalDropout, Resampling
 from fewstep.errors import ConfigError, DataError
-
-Resampling: TypeAlias = Literal["up", "down"]
 
 NEAR_ZERO = 1e-5
 """Gain of a layer that closes a residual branch: at the start the branch adds next to nothing."""
@@ -47,8 +45,8 @@ def conv(in_channels: int, out_channels: int, kernel: int, *, gain: float = 1.0)
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with min(32, channels / 4) groups and eps 1e-6 (EDM, table 7).
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation with min(32, channels / 4) groups; DDPM++ and NCSN++ have eps 1e-6 (EDM, table 7).
 
     Raises:
         ConfigError: the channels do not divide into the groups.
@@ -61,7 +59,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
             want="at least 4 channels, and a multiple of min(32, channels // 4)",
             do="Choose model_channels and channel_mult so that every level has a multiple of 32 channels",
         )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def check_inputs(
@@ -172,14 +170,15 @@ class Resample(nn.Module):
     Args:
         taps: filter taps, an even number, for example (1, 1) or (1, 3, 3, 1).
         mode: "down" or "up".
+        persistent: whether checkpoints hold the filter: those of EDM do, those of EDM2 do not.
     """
 
     resample_filter: Tensor
 
-    def __init__(self, taps: Sequence[float], mode: Resampling) -> None:
+    def __init__(self, taps: Sequence[float], mode: Resampling, *, persistent: bool = True) -> None:
         super().__init__()
         self.mode, self.box = mode, _is_box(taps)
-        self.register_buffer("resample_filter", _kernel(taps))
+        self.register_buffer("resample_filter", _kernel(taps), persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
         resize = _double if self.mode == "up" else _halve
@@ -230,7 +229,7 @@ class ResidualBlock(nn.Module):
         y = (skip(x) + h) / sqrt(2)
         y = (y + proj(attention(qkv(norm2(y))))) / sqrt(2)        one head, with ``attention`` only
 
-    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, h', w']``. Source: EDM, table 7 and appendix F.
+    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``. Source: EDM, table 7 and appendix F.
     """
 
     def __init__(
@@ -239,6 +238,7 @@ class ResidualBlock(nn.Module):
         out_channels: int,
         emb_channels: int,
         *,
+        side: int,
         dropout: float,
         attention: bool = False,
         resample: Resampling | None = None,
@@ -255,7 +255,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = entry(3)
         self.affine = linear(emb_channels, out_channels)
         self.norm1 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = LocalDropout(dropout, side)
         self.conv1 = conv(out_channels, out_channels, 3, gain=NEAR_ZERO)
         self.skip = entry(1) if resample or in_channels != out_channels else None
         self.attention = attention

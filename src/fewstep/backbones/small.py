@@ -234,7 +234,7 @@ class DiT(nn.Module):
             h = block(h, embedding)
         scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=-1)
         h = self.head(self.norm(h) * (1 + scale) + shift)
-        b, rows, columns, p = len(x), *self.grid, self.patch
+        b, rows, columns, p = x.shape[0], *self.grid, self.patch
         return h.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 

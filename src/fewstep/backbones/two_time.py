@@ -19,16 +19,17 @@ _FREQUENCIES = 16
 class LandingEmbedding(nn.Module):
     """``c_landing [b, 2] -> [b, width]``: cosines and sines of 1/8 to 2 turns, then an MLP; its last layer starts at 0.
 
-    Low frequencies only, because tangents pass through it (math.md 3.8). All parameters come from ``seed``.
+    Low frequencies only, because tangents pass through it (math.md 3.8). All parameters come from ``seed``. With
+    ``columns`` other than 2 it embeds as many other numbers.
     """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, seed: int) -> None:
+    def __init__(self, width: int, seed: int, columns: int = 2) -> None:
         super().__init__()
         turns = torch.logspace(-3, 1, _FREQUENCIES, base=2.0, dtype=torch.float64)
         self.register_buffer("frequencies", (2 * math.pi * turns).float(), persistent=False)
-        inputs = 4 * _FREQUENCIES
+        inputs = 2 * columns * _FREQUENCIES
         with torch.random.fork_rng(devices=[]):
             self.first, self.last = nn.Linear(inputs, width), nn.Linear(width, width)
         drawn = torch.randn(width, inputs, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -50,7 +51,7 @@ class TwoTime(nn.Module):
     Source: Consistency Trajectory Models (arXiv 2310.02279), which embed the second time like the first.
 
     Args:
-        inner: a network whose ``forward`` takes ``landing [b, inner.landing_width]``: edm, unet, dit or mlp.
+        inner: a network whose ``forward`` takes ``landing [b, inner.landing_width]``: edm, adm, edm2, unet, dit or mlp.
         seed: of the first weights of the embedding.
 
     Raises:
@@ -66,11 +67,16 @@ class TwoTime(nn.Module):
             raise ConfigError(
                 "This network cannot be told a landing time, which this kind of student needs",
                 got=f"a {type(inner).__name__}",
-                want="one of the library's own networks: edm, unet, dit or mlp",
+                want="one of the library's own networks: edm, adm, edm2, unet, dit or mlp",
                 do="Choose an objective with one time, for example --objective ect, or tune from such a network",
             )
         self.inner = inner
         self.landing = LandingEmbedding(width, seed)
+
+    @property
+    def null_cond(self) -> Tensor | None:
+        """The condition ``[width]`` that says nothing; None is zeros."""
+        return getattr(self.inner, "null_cond", None)
 
     def forward(self, x: Samples, c_noise: Tensor, cond: Condition | None, c_landing: Tensor) -> Tensor:
         return self.inner(x, c_noise, cond, landing=self.landing(c_landing))

@@ -1,4 +1,4 @@
-"""Networks of EDM and ECT, read from their pickles without running anything in them.
+"""Networks of EDM, ECT and EDM2, read from their pickles without running anything in them.
 
 A snapshot (``.pkl``) is a dict with the network under ``ema``; a training state (``.pt``) one with
 ``net`` and ``optimizer_state``. Each object carries the source text of its module, which ordinary
@@ -48,6 +48,8 @@ class NetworkRecord:
         state: parameters and buffers of the inner model, as stored, named as in its ``state_dict``.
         precond_state: parameters and buffers of the preconditioner outside of the inner model.
         optimizer_state: parameter name (as in ``state``) -> step, exp_avg, exp_avg_sq; None if not stored.
+        encoder_class: what made its samples of images, for EDM2 StandardRGBEncoder or StabilityVAEEncoder; None if not
+            stored.
         source_sha256: of the whole file.
     """
 
@@ -58,6 +60,7 @@ class NetworkRecord:
     state: dict[str, Tensor] = field(repr=False)
     precond_state: dict[str, Tensor] = field(repr=False)
     optimizer_state: dict[str, dict[str, Tensor]] | None = field(repr=False)
+    encoder_class: str | None
     source_sha256: str
 
 
@@ -99,6 +102,7 @@ def read_network(path: Path, *, which: str = "ema", limits: Limits | None = None
         state={key.removeprefix(prefix): _own(t) for key, t, _ in named if key.startswith(prefix)},
         precond_state={key: _own(t) for key, t, _ in named if not key.startswith(prefix)},
         optimizer_state=_optimizer(root, [(n, t) for n, t, learned in named if learned], prefix, ledger),
+        encoder_class=_encoder(root, ledger),
         source_sha256=hashlib.sha256(raw).hexdigest(),
     )
 
@@ -119,7 +123,7 @@ def require_supported(record: NetworkRecord, supported: Collection[str], path: P
 def _open(path: Path, limits: Limits) -> tuple[bytes, Ledger]:
     if not path.is_file():
         kind = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"'{path}' {kind}", do="Give the path of a .pkl or .pt of EDM or ECT")
+        raise CheckpointError(f"'{path}' {kind}", do="Give the path of a .pkl of EDM, ECT or EDM2, or of a .pt of ECT")
     try:
         size = path.stat().st_size
         if size > limits.file_bytes:
@@ -180,6 +184,12 @@ def _inner(precond: Persistent, ledger: Ledger) -> tuple[str, Persistent]:
             if isinstance(modules.get(name), Persistent):
                 return name, modules[name]
     raise ledger.damaged(f"its {_class_name(precond, ledger)} has no inner network")
+
+
+def _encoder(root: object, ledger: Ledger) -> str | None:
+    """The class of the encoder that lies beside the networks."""
+    encoder = root.get("encoder") if isinstance(root, dict) else None
+    return _class_name(encoder, ledger) if isinstance(encoder, Persistent) else None
 
 
 def _class_name(record: Persistent, ledger: Ledger) -> str:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.backbones import build
+from fewstep.backbones.lora import merged
 from fewstep.backbones.vae import open_codec
+from fewstep.checkpoint.adapter import complete
 from fewstep.checkpoint.averages import rebuild_average
+from fewstep.checkpoint.diffusers import is_diffusers, load_diffusers
 from fewstep.checkpoint.store import header, new_directory, read_json, read_tensors, write_json, write_tensors
 from fewstep.conditioning import Part
 from fewstep.config import from_dict, to_dict
 from fewstep.denoiser import Denoiser, Parametrization, Sampler
 from fewstep.errors import CheckpointError
 from fewstep.process import AnyProcess
-from fewstep.weights import load_weights
+from fewstep.weights import load_weights, tensors_hash
 
 KIND = "fewstep-model"
 
@@ -61,7 +64,7 @@ def rebuild(description: dict[str, Any], source: str, network: Denoiser | None =
     Raises:
         CheckpointError: the description names no backbone and no ``network`` was given.
     """
-    fields = {k: v for k, v in description.items() if k not in ("format", "version", "provenance")}
+    fields = {k: v for k, v in description.items() if k not in ("format", "version", "provenance", "base")}
     config = from_dict(ModelConfig, fields, source)
     if config.backbone is None and network is None:
         raise CheckpointError(
@@ -103,12 +106,17 @@ def load_model(path: Path, network: Denoiser | None = None) -> Denoiser:
 
 
 def load(
-    path: str | Path, *, weights: str = "ema", device: str | torch.device | None = None, network: Denoiser | None = None
+    path: str | Path | object,
+    *,
+    weights: str = "ema",
+    device: str | torch.device | None = None,
+    network: Denoiser | None = None,
 ) -> Denoiser:
-    """A denoiser from a model directory, a converted checkpoint or a run directory.
+    """A denoiser from a model directory, a converted checkpoint, a run directory or a model of diffusers.
 
     Args:
-        path: the directory; of a run, its finished ``model/`` or else its latest checkpoint is taken.
+        path: the directory; of a run, its finished ``model/`` or else its latest checkpoint is taken. Of diffusers: a
+            folder, a hub id ``owner/name[@revision]``, or an open pipeline (:func:`load_diffusers`).
         weights: "ema" (the first average); of a run also "ema-K" (the K-th), "student", or "std=0.075": the
             power-function average of that width, rebuilt from the run's snapshots.
         device: where to put it; default: CPU.
@@ -117,13 +125,14 @@ def load(
     Raises:
         CheckpointError: nothing loadable is there, or it does not fit.
     """
-    root = Path(path)
-    if not root.is_dir():
+    of_diffusers = not isinstance(path, str | Path) or is_diffusers(path)
+    root = Path(path if isinstance(path, str | Path) else ".")
+    if not root.is_dir() and not of_diffusers:
         raise _not_a_model(root)
-    if (root / "config.json").is_file():
+    if of_diffusers or (root / "config.json").is_file():
         if weights != "ema":
-            raise CheckpointError(f"'{root}' holds one set of weights only", got=weights, do="Leave weights='ema'")
-        denoiser = load_model(root, network)
+            raise CheckpointError(f"'{path}' holds one set of weights only", got=weights, do="Leave weights='ema'")
+        denoiser = load_diffusers(path) if of_diffusers else load_model(root, network)
     elif weights.startswith("std="):
         denoiser = _from_averages(root, weights, network)
     elif weights == "ema" and (root / "model" / "config.json").is_file():
@@ -137,11 +146,7 @@ def load(
 
 def weights_hash(denoiser: Denoiser) -> str:
     """sha256, in hex, of the names and bits of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_hash(denoiser.backbone.state_dict())
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -169,9 +174,33 @@ def _from_checkpoint(path: Path, weights: str, network: Denoiser | None) -> Deno
         raise CheckpointError(
             f"The checkpoint has no weights '{weights}'", got=weights, want=" or ".join(["ema", *known])
         )
-    denoiser = rebuild(read_json(path / "model.json", KIND), str(path), network)
-    load_weights(denoiser.backbone, read_tensors(file), str(file))
-    return denoiser
+    return _put_together(path, read_tensors(file), str(file), network)
+
+
+def _put_together(path: Path, state: dict[str, Tensor], source: str, network: Denoiser | None) -> Denoiser:
+    """The network of a checkpoint with these weights; where they are those that were trained, with its base's.
+
+    An adapter is merged.
+    """
+    description = read_json(path / "model.json", KIND)
+    denoiser = rebuild(description, str(path), network)
+    if "base" not in description:
+        load_weights(denoiser.backbone, state, source)
+        return denoiser
+    base = network if network is not None else _base_model(str(description["base"]["path"]), source)
+    complete(denoiser, description["base"], base, state, source)
+    return merged(denoiser)
+
+
+def _base_model(path: str, source: str) -> Denoiser:
+    try:
+        return load(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"'{source}' holds only what was trained, and the model '{path}' that the rest is from cannot be read",
+            got=error.what,
+            do="Put it back, or give it: load(path, network=denoiser)",
+        ) from error
 
 
 def _from_averages(run: Path, weights: str, network: Denoiser | None) -> Denoiser:
@@ -179,10 +208,7 @@ def _from_averages(run: Path, weights: str, network: Denoiser | None) -> Denoise
         std = float(weights.removeprefix("std="))
     except ValueError as error:
         raise CheckpointError("The width of an average is not a number", got=weights, want="std=0.075") from error
-    path = latest_checkpoint(run)
-    denoiser = rebuild(read_json(path / "model.json", KIND), str(path), network)
-    load_weights(denoiser.backbone, rebuild_average(run, std), f"{run / 'averages'}")
-    return denoiser
+    return _put_together(latest_checkpoint(run), rebuild_average(run, std), f"{run / 'averages'}", network)
 
 
 def _not_a_model(path: Path) -> CheckpointError:

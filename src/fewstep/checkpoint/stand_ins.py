@@ -105,7 +105,8 @@ class StandIns:
             ("numpy._core.multiarray", "scalar"): self.scalar,
             ("_codecs", "encode"): self.encode,
         }
-        opaque = [("builtins", "getattr"), ("__builtin__", "getattr"), ("torch", "device")]
+        opaque = [("builtins", "getattr"), ("__builtin__", "getattr"), ("torch", "device"), ("numpy", "ndarray")]
+        opaque += [(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")]  # of EDM2's VAE encoder
         opaque += [("torch.nn.modules.container", name) for name in CONTAINERS]
         return {
             **STORAGES,

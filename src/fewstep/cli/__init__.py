@@ -31,8 +31,8 @@ after the state was saved. `FEWSTEP_DEBUG=1` shows tracebacks.
 
 VERBS = {
     "Start here": ("demo", "recipes", "plan"),
-    "Make a model": ("convert", "pretrain", "tune", "resume"),
-    "Use a model": ("sample", "eval", "dial", "scaling", "report"),
+    "Make a model": ("convert", "pretrain", "generate", "tune", "resume", "merge"),
+    "Use a model": ("sample", "eval", "dial", "scaling", "export", "report"),
 }
 """Panels of ``fewstep --help``. A verb is a function in the module of its name; torch is imported only when it runs."""
 

@@ -11,7 +11,7 @@ from fewstep.cli.options import Json, Output, Quiet
 
 
 def convert(
-    src: Annotated[Path, Parameter(help="An EDM or ECT .pkl, or ECT's training-state-*.pt.")],
+    src: Annotated[Path, Parameter(help="A .pkl of EDM, ECT or EDM2, ECT's training-state-*.pt, a diffusers folder or a hub id.")],
     dst: Annotated[Path, Parameter(help="Directory to write: model.safetensors and config.json.")],
     /,
     *,
@@ -21,15 +21,19 @@ def convert(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Convert an EDM or ECT pickle to a safe model directory.
+    """Convert an EDM, ECT or EDM2 pickle, or a diffusers model, to a safe model directory.
 
     Nothing in the pickle is executed: names outside a short allow-list of inert stand-ins are refused. Known are the
-    DDPM++ and NCSN++ networks with EDM, VP, VE or ECT preconditioning; DST holds safetensors and JSON afterwards.
+    DDPM++, NCSN++ and ADM networks with EDM, VP, VE or ECT preconditioning, and EDM2's models of pixels; DST holds
+    safetensors and JSON afterwards.
+    Diffusers' pipelines need no conversion (fewstep tune takes them as they are), but a directory of their own lets them
+    be moved. VAE and text encoders stay in the pipeline's folder.
 
     For example:
 
     ```
     fewstep convert edm-cifar10-32x32-uncond-vp.pkl teacher
+    fewstep convert google/ddpm-cifar10-32 teacher
     ```
     """
     from fewstep.checkpoint.convert import convert as convert_file

@@ -70,6 +70,9 @@ def eval(
         ),
     ] = "auto",
     sampler: Annotated[Literal["consistency", "ode"], Parameter(help="ode is the teacher's solver.")] = "consistency",
+    guidance: Annotated[
+        float | None, Parameter(help="Strength of guidance, as of fewstep sample; it is part of every row.")
+    ] = None,
     teacher: Annotated[
         str | None, Parameter(help="Also measure this diffusion model, and how far the model agrees with its ODE.")
     ] = None,
@@ -122,6 +125,6 @@ def eval(
         model=model, data=data, steps=steps, samples=samples, features=features, metrics=metrics, sampler=sampler,
         teacher=teacher, teacher_nfe=teacher_nfe, repeats=repeats, replicates=replicates, resize=resize,
         channels=channels, split=split, weights=weights, out=out, batch_size=batch_size, network=network,
-        seed=seed or 0, device=device,
+        seed=seed or 0, device=device, guidance=guidance,
     )  # fmt: skip
     return run(request, Output(quiet, json))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fewstep.checkpoint.hub import is_hub_id
 from fewstep.checkpoint.model import describe as describe_model
 from fewstep.checkpoint.model import weights_hash
 from fewstep.checkpoint.store import write_json
@@ -28,7 +28,7 @@ from fewstep.evaluation.measure import too_few
 from fewstep.evaluation.pipelines import from_pipeline, open_pipeline
 from fewstep.evaluation.record import TEACHER
 from fewstep.evaluation.reference import check_comparable
-from fewstep.evaluation.samples import SampleSet, draw_labels, from_source
+from fewstep.evaluation.samples import SampleSet, draw_labels, from_source, makes_images, shown_shape
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.evaluation.statistics_file import is_statistics
 from fewstep.runs import joined
@@ -40,8 +40,6 @@ STEPS, SAMPLES, TEACHER_NFE = "1,2,4,8", 5_000, "35"
 """What is measured where the options do not say."""
 
 PIPELINE_BATCH = 16
-NO_HUB_ID = (".zip", ".npz", ".npy", ".png", ".jpg", ".pkl", ".pt", ".pth", ".safetensors", ".json", ".yaml", ".py")
-"""Endings of what is a file that does not exist."""
 
 FEWEST_HALVED = 4
 """Samples that can be halved for a spread."""
@@ -74,6 +72,7 @@ class Request:
     network: str | None
     seed: int
     device: str
+    guidance: float | None
 
     @property
     def count(self) -> int:
@@ -192,7 +191,7 @@ def _identity(model: Denoiser) -> dict[str, Any]:
 def _subject(request: Request, world: World) -> Subject:
     """A model of ours, a diffusers pipeline, or a source of images made elsewhere; opened."""
     name, path = request.model, Path(request.model).expanduser()
-    if (path / "model_index.json").is_file() or _is_hub_id(name):
+    if (path / "model_index.json").is_file() or is_hub_id(name):
         return Pipeline(name, open_pipeline(name, world.device))
     ours = ".py:" in name or any(
         (path / part).exists() for part in ("config.json", "config.yaml", "model", "checkpoints")
@@ -201,13 +200,6 @@ def _subject(request: Request, world: World) -> Subject:
     if files and not ours:
         return open_source(name, resize=request.resize, channels=request.channels)
     return open_model(name, request.weights, request.network, str(world.device))
-
-
-def _is_hub_id(name: str) -> bool:
-    """``owner/name`` where there is no folder ``owner``: beside other files it is a path that does not exist."""
-    owner, slash, rest = name.partition("/")
-    plain = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and ".py:" not in name
-    return bool(slash) and plain and not Path(owner).exists() and Path(rest).suffix.lower() not in NO_HUB_ID
 
 
 def _check_options(request: Request, subject: Subject) -> None:
@@ -221,6 +213,7 @@ def _check_options(request: Request, subject: Subject) -> None:
         "--sampler": None if request.sampler == "consistency" else request.sampler,
         "--weights": None if request.weights == "ema" else request.weights,
         "--network": request.network,
+        "--guidance": request.guidance,
         "--teacher": request.teacher,
     }
     of_sampling = {"--steps": request.steps, "--repeats": None if request.repeats == 1 else request.repeats}
@@ -235,6 +228,12 @@ def _check_options(request: Request, subject: Subject) -> None:
             "--teacher goes with few-step sampling: it measures the teacher's solver itself",
             got=f"--sampler {request.sampler}",
             do="Leave one of them out",
+        )
+    if request.teacher is not None and request.guidance is not None:
+        raise ConfigError(
+            "--guidance does not go with --teacher, whose agreement is measured without it",
+            got=f"--guidance {request.guidance:g}",
+            do="Measure the two one after the other: the teacher with --sampler ode",
         )
     if not isinstance(subject, Denoiser | Pipeline) and request.samples not in (None, len(subject)):
         raise ConfigError(
@@ -261,7 +260,7 @@ def _reference(request: Request, job: Job, world: World, counting: Counting) -> 
         progress=lambda done, total: counting(f"reading {request.data}", done, total),
     )
     if isinstance(job.subject, Denoiser):
-        check_comparable(reference, job.subject.sample_shape, len(job.subject.sample_shape) == 3)
+        check_comparable(reference, shown_shape(job.subject), makes_images(job.subject))
     return reference
 
 
@@ -269,7 +268,7 @@ def _shape(subject: Subject) -> tuple[int, ...] | None:
     """Of one sample; None where only sampling will tell."""
     if isinstance(subject, Pipeline):
         return None
-    return subject.sample_shape if isinstance(subject, Denoiser) else tuple(subject.shape)
+    return shown_shape(subject) if isinstance(subject, Denoiser) else tuple(subject.shape)
 
 
 def _chosen(metrics: str) -> Sequence[str] | None:
@@ -308,7 +307,7 @@ def _of_a_model(session: Session, job: Job, steps: int, seed: int) -> dict[str, 
     request = session.request
     return evaluate(
         job.subject, session.reference, steps=[steps], solver=job.solver, metrics=session.metrics,
-        samples=request.count, seed=seed, batch_size=request.batch_size, replicates=request.replicates,
+        samples=request.count, seed=seed, guidance=request.guidance, batch_size=request.batch_size, replicates=request.replicates,
         on_row=partial(_show_row, session, seed), on_progress=session.counting, world=session.world,
     )  # fmt: skip
 

@@ -62,7 +62,11 @@ Network = Annotated[
 ]
 DataOption = Annotated[
     str,
-    Parameter(group=DATA, help="digits, tiles, gaussians8, a folder, a zip (EDM labels understood) or an npz."),
+    Parameter(
+        group=DATA,
+        help="digits, tiles, gaussians8, a folder (of images, or made by fewstep generate), a zip (EDM labels "
+        "understood), an npz or hf:NAME_OR_PATH[#CAPTIONS]; tune only: teacher, its own samples made when needed.",
+    ),
 ]
 Resize = Annotated[int | None, Parameter(group=DATA, help="Centre-crop to a square and resize to this side.")]
 Channels = Annotated[int | None, Parameter(group=DATA, help="1 (grey) or 3 (RGB): convert the images.")]

@@ -95,8 +95,9 @@ def plan(
     table.add_row(
         "time", _duration(found.seconds), f"{found.steps:,} steps of {configuration.batch_size} images, training alone"
     )
+    part = "" if found.trained == found.parameters else f" ({found.trained / 1e6:.2f} M of them trained)"
     output.say(
-        f"{found.parameters / 1e6:.2f} M parameters, recipe {configuration.recipe}, {configuration.images:,} images"
+        f"{found.parameters / 1e6:.2f} M parameters{part}, recipe {configuration.recipe}, {configuration.images:,} images"
     )
     output.say(table)
     if found.micro_batch > 1:

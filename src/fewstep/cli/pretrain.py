@@ -48,12 +48,15 @@ def pretrain(
 
     The network is chosen by `--set model.backbone=unet` (edm, dit; mlp for points) and its arguments by
     `--set model.kwargs="{channels: 64}"`. Ctrl-C saves the state; `fewstep resume OUT` continues.
+    `--set model.vae=FOLDER`, a VAE or a pipeline of diffusers, makes it a model of latents: images are encoded once and
+    kept in the cache.
 
     For example:
 
     ```
     fewstep pretrain --data digits --recipe demo-teacher --out teacher
     fewstep pretrain --data tiles --images 500000 --set model.kwargs="{channels: 64}" --out teacher
+    fewstep pretrain --data photos.zip --resize 256 --set model.vae=sd-vae model.backbone=dit model.sigma_data=1 --out t
     ```
     """
     from fewstep import runs

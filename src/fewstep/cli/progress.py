@@ -14,6 +14,7 @@ from rich.text import Text
 from fewstep.cli.options import Output
 from fewstep.objectives import ECT
 from fewstep.training.loop import Watcher
+from fewstep.training.synthetic import origin
 from fewstep.training.trainer import StepReport, Trainer
 from fewstep.types import Progress as Clock
 
@@ -57,19 +58,38 @@ class Live(Watcher):
         self._row: dict[str, Any] = {}
         self._table = False
         self._first, self._began = 0, time.perf_counter()
+        self._preparing: Counting | None = None
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        if self._preparing is None:
+            self._preparing = Counting(self._out).__enter__()
+            self._out.say(f"{what[:1].upper()}{what[1:]}: {done:,} of {total:,} are done.")
+        self._preparing(what, done, total)
+        if done >= total:
+            self._end_preparing()
+
+    def noted(self, text: str) -> None:
+        self._out.say(text)
 
     def started(self, trainer: Trainer, run: Path) -> None:
         if not self._out.speaks:
             return
         verb = "Tuning" if trainer.config.job == "tune" else "Pretraining"
         parameters = sum(p.numel() for p in trainer.student.parameters())
+        trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
+        size = (
+            f"{parameters / 1e6:.2f} M parameters"
+            if not trainer.frozen
+            else (f"{trained / 1e6:.2f} M of {parameters / 1e6:.2f} M parameters")
+        )
         self._out.say(
-            f"{verb} {parameters / 1e6:.2f} M parameters on {trainer.source.name} ({len(trainer.source):,} samples), "
+            f"{verb} {size} on {trainer.source.name} ({len(trainer.source):,} samples), "
             f"{trainer.config.images:,} images, recipe {trainer.config.recipe}, on {trainer.world.device}. Run: {run}"
         )
-        caution = _caution(trainer)
-        if caution:
-            self._out.say(caution)
+        made = origin(trainer.source, trainer.beside.teacher)
+        for sentence in (made and f"The data are {made}.", _caution(trainer)):
+            if sentence:
+                self._out.say(sentence)
         if trainer.images_seen:
             self._out.say(f"Continuing at image {trainer.images_seen:,}.")
         if self._out.console.is_terminal:
@@ -107,10 +127,16 @@ class Live(Watcher):
         )
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Take the bars off the terminal."""
+        self._end_preparing()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _end_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.__exit__()
+            self._preparing = None
 
 
 def _numbers(row: dict[str, Any], narrow: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,8 +64,14 @@ def sample(
         ),
     ] = None,
     label: Annotated[int | None, Parameter(help="One class for all samples. Default: all classes in turn.")] = None,
+    prompt: Annotated[str | None, Parameter(help="What the samples show, for a model that is told a text.")] = None,
+    prompts: Annotated[Path | None, Parameter(help="A file with a prompt per line, used in turn.")] = None,
     guidance: Annotated[
-        float | None, Parameter(help="Classifier-free guidance; a heuristic on few-step models.")
+        float | None,
+        Parameter(
+            help="Strength of guidance. A student that was tuned for a range of strengths is told it; of other models "
+            "it doubles the evaluations, and on few-step models it is a heuristic."
+        ),
     ] = None,
     weights: Annotated[str, Parameter(help="ema; of a run also student, and ema-1, ... where it has several.")] = "ema",
     batch_size: BatchSize = None,
@@ -84,11 +91,13 @@ def sample(
     fewstep sample run --steps 2 -n 64 --out out.png
     fewstep sample run --times 80,1.5 -n 5000 --seed 1 --out out.npz
     fewstep sample teacher --sampler ode --steps 35 -n 64 --out teacher.png
+    fewstep sample run --steps 4 --prompt "a red square" -n 16 --out squares.png
     fewstep sample teacher --sampler ode --commit extrapolation --tol 0.02 -n 64 --out early.png
     ```
     """
+    from fewstep.backbones.text import prompt_rows
     from fewstep.cli.options import open_model
-    from fewstep.cli.write import check_output, draw, parse_numbers, save_samples, spread_labels
+    from fewstep.cli.write import check_output, draw, parse_numbers, save_samples, spread_labels, spread_prompts
     from fewstep.commit import require_end
     from fewstep.errors import ConfigError
     from fewstep.sampling import few_step_times, possible_among
@@ -102,17 +111,16 @@ def sample(
     _check(sampler, levels is not None, guidance, commit, tol)
     denoiser = open_model(model, weights, network, device)
     check_output(out, denoiser)
-    cond = spread_labels(denoiser, number, label)
+    asked = spread_prompts(denoiser, number, prompt, prompts)
+    cond = spread_labels(denoiser, number, label) if asked is None else prompt_rows(denoiser, asked)
     if commit is not None or sampler == "multistep":
         require_end(denoiser)
     fewest = FULL_STEPS[sampler] if commit is not None else 1 if sampler == "ode" else possible_among(denoiser, [1])[0]
     count = len(levels) if levels is not None else steps or fewest
     if sampler != "ode" and levels is None:
         levels = few_step_times(denoiser, count)
-    if guidance is not None:
-        output.say(
-            "Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight."
-        )
+    for warning in _warnings(denoiser, Path(model), sampler, guidance):
+        output.say(warning)
     started = time.perf_counter()
     nfe: float
     early: dict[str, Any] | None = None
@@ -123,7 +131,7 @@ def sample(
         found = _commit(denoiser, number, levels, count, seed or 0, cond, batch_size, commit, tol)
         x, (nfe, said, early) = found.samples, _described(found, commit, tol, count)
     rate = number / (time.perf_counter() - started)
-    path = save_samples(out, denoiser, x, cond)
+    path = save_samples(out, denoiser, x, cond, asked)
     output.say(f"Wrote {number} samples, {said}, to {path} ({rate:,.1f} samples/s).")
     output.result(
         {
@@ -133,6 +141,7 @@ def sample(
             "nfe": nfe,
             "times": levels,
             "label": label,
+            "prompts": None if asked is None else list(dict.fromkeys(asked)),
             "guidance": guidance,
             "seed": seed or 0,
             "samples_per_second": rate,
@@ -145,11 +154,11 @@ def sample(
 def _check(sampler: str, with_times: bool, guidance: float | None, commit: str | None, tol: float | None) -> None:
     from fewstep.errors import ConfigError
 
-    if sampler == "ode" and (with_times or guidance is not None):
-        option = "--times" if with_times else "--guidance"
-        raise ConfigError(f"{option} does not go with --sampler ode", do="In Python: fewstep.ode_sample")
-    if sampler == "multistep" and guidance is not None:
-        raise ConfigError("--guidance does not go with --sampler multistep", do="Leave it out")
+    if sampler == "ode" and with_times:
+        raise ConfigError("--times does not go with --sampler ode", do="In Python: fewstep.ode_sample")
+    if guidance is not None and (sampler == "multistep" or commit is not None):
+        other = "--sampler multistep" if sampler == "multistep" else "--commit"
+        raise ConfigError(f"--guidance does not go with {other}", do="Leave it out")
     if commit is None and tol is not None:
         raise ConfigError("--tol is the tolerance of --commit", do="Add --commit confidence, or leave --tol out")
     if commit is not None and sampler == "consistency":
@@ -158,6 +167,19 @@ def _check(sampler: str, with_times: bool, guidance: float | None, commit: str |
             " outputs differ by that noise and never settle",
             do="Use --sampler ode for a diffusion model, --sampler multistep for a few-step model",
         )
+
+
+def _warnings(denoiser: Denoiser, model: Path, sampler: str, guidance: float | None) -> Iterator[str]:
+    """What is to be known of samples guided by the model's output without a label."""
+    from fewstep.guidance import evaluations
+    from fewstep.training.past import hides_labels
+
+    if evaluations(denoiser, guidance) == 1:
+        return
+    if sampler != "ode":
+        yield "Guidance on a few-step model is a heuristic: the guided flow's end point is not linear in the weight."
+    if not hides_labels(model):
+        yield "This model never trained without a label (data.label_drop=0), which guidance takes for granted."
 
 
 def _commit(

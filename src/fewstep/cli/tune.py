@@ -83,6 +83,7 @@ def tune(
     fewstep tune teacher --data photos.zip --recipe fast --out run
     fewstep tune teacher --data photos.zip --set optim.lr=2e-4 objective.schedule.q=4 --out run
     fewstep tune teacher --data photos.zip --objective cd --set objective.nodes=10 --out run
+    fewstep tune teacher --data teacher --objective ecd --out run       # without data: on its own samples
     ```
     """
     from fewstep import runs
@@ -116,7 +117,8 @@ def show_run(output: Output, run: object) -> None:
     rows = rows_of(run)
     if output.speaks and rows:
         print_table(rows, output.console)
-    output.say(f"Model: {run.path / 'model'}   Report: {run.path / 'report.html'}")
+    made = [run.path / name for name in run.config.models]
+    output.say(f"Model: {' and '.join(map(str, made))}   Report: {run.path / 'report.html'}")
     if run.config.job == "tune":
         output.say(f"Next: fewstep sample {run.path} --steps 2 -n 64 --out samples.png")
     else:
@@ -124,7 +126,7 @@ def show_run(output: Output, run: object) -> None:
     output.result(
         {
             "run": str(run.path),
-            "model": str(run.path / "model"),
+            "model": str(made[0]),
             "report": str(run.path / "report.html"),
             "results": run.results,
         }

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data import decode, save_grid, save_images
+from fewstep.data import save_grid, save_images
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, StorageError
 from fewstep.evaluation.pictures import save_points
+from fewstep.evaluation.samples import makes_images, to_host
+from fewstep.guidance import evaluations
 from fewstep.sampling import ode_sample_nfe, sample
 
 Number = TypeVar("Number", int, float)
@@ -42,15 +44,41 @@ def check_output(out: Path, denoiser: Denoiser) -> None:
     Raises:
         ConfigError: a kind of file that is not written, or points to a directory.
     """
-    points = len(denoiser.sample_shape) != 3
+    points = not makes_images(denoiser)
     if out.suffix.lower() in OTHER_FILES:
         raise ConfigError("Samples are not written as such a file", got=str(out), want="x.png, x.npz or a directory")
     if points and out.suffix not in (".png", ".npz"):
         raise ConfigError("Points are written as a picture or an archive", got=str(out), want="x.png or x.npz")
 
 
+def spread_prompts(denoiser: Denoiser, n: int, prompt: str | None, file: Path | None) -> list[str] | None:
+    """A prompt per sample: ``prompt`` for all, or the lines of ``file`` in turn; None where neither is given.
+
+    Raises:
+        ConfigError: both are given, the model is told no text, or the file is not one of prompts.
+    """
+    given = {"--prompt": prompt, "--prompts": file}
+    options = [option for option, value in given.items() if value is not None]
+    if not options:
+        return None
+    if not denoiser.conditioning.parts:
+        do = "Use --label" if denoiser.num_classes else f"Leave {options[0]} out"
+        raise ConfigError("The model is not told a text", got=f"{options[0]} {given[options[0]]}", do=do)
+    if file is None or prompt is not None:
+        if file is not None:
+            raise ConfigError("--prompt and --prompts exclude each other", do="Give one")
+        return [prompt or ""] * n
+    try:
+        lines = [line for line in file.expanduser().read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The prompts '{file}' cannot be read", got=error, want="UTF-8, a prompt per line") from error
+    if not lines:
+        raise ConfigError(f"There are no prompts in '{file}'", want="one per line")
+    return [lines[i % len(lines)] for i in range(n)]
+
+
 def spread_labels(denoiser: Denoiser, n: int, label: int | None) -> Tensor | None:
-    """Class indices ``[n]``: ``label`` for all, or all classes in turn; None for an unconditional model.
+    """Class indices ``[n]``: ``label`` for all, or all classes in turn; None for a model without classes.
 
     Raises:
         ConfigError: there is no such class, or there are no classes.
@@ -58,7 +86,8 @@ def spread_labels(denoiser: Denoiser, n: int, label: int | None) -> Tensor | Non
     classes = denoiser.num_classes
     if not classes:
         if label is not None:
-            raise ConfigError("The model is not class-conditional", got=f"--label {label}", do="Leave --label out")
+            do = "Use --prompt" if denoiser.conditioning else "Leave --label out"
+            raise ConfigError("The model is not class-conditional", got=f"--label {label}", do=do)
         return None
     if label is not None and not 0 <= label < classes:
         raise ConfigError("There is no such class", got=f"--label {label}", want=f"0 to {classes - 1}")
@@ -78,30 +107,32 @@ def draw(
 ) -> tuple[Tensor, int]:
     """``n`` samples and the evaluations that each took: at ``levels``, or without them by the teacher's solver."""
     if levels is None:
-        return ode_sample_nfe(denoiser, n, nfe, seed=seed, cond=cond, batch_size=batch_size), nfe
-    x = sample(denoiser, n, times=levels, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
-    return x, len(levels) * (2 if guidance is not None and guidance != 1 else 1)
+        x = ode_sample_nfe(denoiser, n, nfe, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
+    else:
+        x = sample(denoiser, n, times=levels, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
+    return x, (nfe if levels is None else len(levels)) * evaluations(denoiser, guidance)
 
 
-def save_samples(out: Path, denoiser: Denoiser, x: Tensor, cond: Tensor | None) -> Path:
-    """One picture (.png), an archive (.npz), or a directory of pictures."""
-    labels = None if cond is None else cond.cpu().numpy().astype(np.int64)
-    if len(denoiser.sample_shape) != 3:
-        points = x.float().cpu()
+def save_samples(
+    out: Path, denoiser: Denoiser, x: Tensor, cond: Tensor | None, prompts: Sequence[str] | None = None
+) -> Path:
+    """One picture (.png), an archive (.npz), or a directory of pictures; the latter two with classes or prompts."""
+    labels = None if cond is None or not denoiser.num_classes else cond.cpu().numpy().astype(np.int64)
+    samples = to_host(denoiser, x)
+    if not makes_images(denoiser):
         if out.suffix == ".png":
-            save_points(out, points)
+            save_points(out, samples)
             return out
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(out, points=points.numpy())
+            np.savez_compressed(out, points=samples.numpy())
         except OSError as error:
             raise StorageError(f"'{out}' could not be written: {error.strerror or error}") from error
         return out
-    images = decode(x, denoiser.value_range).cpu()
     if out.suffix == ".png":
-        save_grid(out, images)
+        save_grid(out, samples)
         return out
-    return save_images(out, images, labels)
+    return save_images(out, samples, labels, prompts)
 
 
 def parse_numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from fewstep.data.codec import decode, encode, save_grid, save_images
 from fewstep.data.files import folder, npz, zipped
+from fewstep.data.hf_datasets import hf
 from fewstep.data.order import indices_at, order
+from fewstep.data.shard_source import sharded
+from fewstep.data.shards import is_shards
 from fewstep.data.sources import Source, View, digits, gaussians8, tiles
 from fewstep.errors import DataError, nearest
 
@@ -32,11 +35,13 @@ SOURCES: dict[str, Callable[[str, View], Source]] = {
     "folder": folder,
     "zip": zipped,
     "npz": npz,
+    "shards": sharded,
+    "hf": hf,
 }
 """``(where, view) -> Source``: the first three ship with the package, the others read the path ``where``."""
 
-_FILE_KINDS = ("folder", "zip", "npz")
-_LATER = ("hf", "wds")
+_FILE_KINDS = ("folder", "zip", "npz", "shards", "hf")
+_LATER = ("wds",)
 
 
 def open_source(
@@ -50,12 +55,13 @@ def open_source(
     """The source that ``spec`` names.
 
     Args:
-        spec: ``digits``, ``tiles``, ``gaussians8``, a folder, a ``.zip`` or an ``.npz``; ``folder:PATH``,
-            ``zip:PATH``, ``npz:PATH`` say the kind whatever the name (``./digits`` is the folder ``digits``).
+        spec: ``digits``, ``tiles``, ``gaussians8``, a folder (of images, or of ``fewstep generate``), a ``.zip`` or an
+            ``.npz``; ``folder:PATH``, ``zip:PATH``, ``npz:PATH``, ``shards:PATH`` say the kind whatever the name
+            (``./digits`` is the folder ``digits``); ``hf:PATH_OR_NAME[#COLUMN]`` is a Hugging Face data set.
         resize: pixels; centre-crop to a square, then Pillow's antialiased LANCZOS, the same at every call.
         channels: 1 (grey) or 3 (RGB) converts; None keeps what is there (a mixture becomes RGB).
-        labels: False leaves the labels unread.
-        split: ``train``, or ``test`` for an npz with ``x_test``.
+        labels: False leaves labels and captions unread.
+        split: ``train``, or ``test`` for an npz with ``x_test`` and for Hugging Face data sets.
 
     Raises:
         DataError: nothing of that name or path (with the nearest match), or unusable content.
@@ -81,7 +87,7 @@ def open_source(
 def _kind_of(path: Path) -> str | None:
     try:
         if path.is_dir():
-            return "folder"
+            return "shards" if is_shards(path) else "folder"
         if path.is_file() and path.suffix.lower() in (".zip", ".npz"):
             return path.suffix.lower()[1:]
     except (OSError, ValueError):  # a name the file system refuses

@@ -1,4 +1,4 @@
-"""Bytes <-> model space, and pictures on disk."""
+"""Pictures on disk; the way between bytes and model space is that of :mod:`fewstep.levels`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,57 +15,15 @@ import torch
 from PIL import Image
 
 from fewstep.errors import ConfigError, DataError, StorageError
+from fewstep.levels import decode, encode
+
+__all__ = ["decode", "encode", "save_grid", "save_images", "write_file"]
 
 PAD_LEVEL = 255
 """Grey level between the pictures of a grid."""
 
 CELL = 64
 """A grid without a given scale enlarges its pictures to at least this many pixels."""
-
-
-def encode(
-    u8: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0), dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """``lo + (hi - lo) u8 / 255``, computed as ``u8 / (255 / (hi - lo)) + lo``.
-
-    That is ``u8 / 127.5 - 1`` for (-1, 1) and ``u8 / 255`` for (0, 1), to the bit.
-
-    Args:
-        u8: uint8, any shape.
-        value_range: ``(lo, hi)`` of levels 0 and 255 in model space.
-        dtype: of the result; half precisions are rounded once, from float32.
-
-    Returns:
-        float, the same shape and device.
-
-    Raises:
-        DataError: ``u8`` is not uint8.
-        ConfigError: ``hi <= lo``.
-    """
-    if u8.dtype != torch.uint8:
-        raise DataError("Only bytes can be encoded", got=u8.dtype, want="uint8")
-    scale = _scale(value_range)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    return (u8.to(work) / scale + value_range[0]).to(dtype)
-
-
-def decode(x: torch.Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> torch.Tensor:
-    """``clip(rint((x - lo) 255 / (hi - lo)), 0, 255)``: ``rint(127.5 (x + 1))`` for (-1, 1); NaN becomes 0.
-
-    Args:
-        x: float, any shape, model space.
-        value_range: as in :func:`encode`, which this inverts on all 256 levels.
-
-    Returns:
-        uint8, the same shape and device.
-
-    Raises:
-        ConfigError: ``hi <= lo``.
-    """
-    scale = _scale(value_range)
-    work = x if x.dtype == torch.float64 else x.float()
-    levels = torch.round((work - value_range[0]) * scale)
-    return torch.nan_to_num(levels, nan=0.0, posinf=255.0, neginf=0.0).clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(
@@ -109,46 +67,50 @@ def save_grid(
     return _write_png(Path(path), canvas)
 
 
-def save_images(target: str | Path, u8: torch.Tensor, labels: np.ndarray | None = None) -> Path:
+def save_images(
+    target: str | Path, u8: torch.Tensor, labels: np.ndarray | None = None, captions: Sequence[str] | None = None
+) -> Path:
     """The pictures as ``000000.png, ...`` in a folder, or as one ``.npz``; ``open_source`` reads both back.
 
-    A folder with labels gets EDM's ``dataset.json``; an npz has the keys ``images`` (uint8 ``[n, h, w, c]``)
-    and, with labels, ``labels`` (int64 ``[n]``). Files of the same names are replaced.
+    A folder with labels gets EDM's ``dataset.json``, one with captions ``metadata.jsonl``; an npz has the keys
+    ``images`` (uint8 ``[n, h, w, c]``) and, where they are given, ``labels`` (int64 ``[n]``) and ``captions``. Files of
+    the same names are replaced.
 
     Args:
         target: a folder, or a path that ends in ``.npz``; missing folders are made.
         u8: uint8 ``[n, c, h, w]``, ``c`` 1 or 3.
         labels: class indices ``[n]``, or None.
+        captions: texts ``[n]``, or None.
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: ``u8`` is not a stack of pictures, or ``labels`` has another length.
+        DataError: ``u8`` is not a stack of pictures, or ``labels`` or ``captions`` have another length.
         StorageError: the folder holds other images, which would be mixed with these, or the disk refused.
     """
     target = Path(target)
     pictures = _pictures(u8)
-    if labels is not None and len(labels) != len(pictures):
-        raise DataError("Pictures and labels differ in number", got=len(labels), want=f"{len(pictures)} labels")
+    for what, said in (("labels", labels), ("captions", captions)):
+        if said is not None and len(said) != len(pictures):
+            raise DataError(f"Pictures and {what} differ in number", got=len(said), want=f"{len(pictures)} {what}")
     if target.suffix.lower() == ".npz":
-        classes = {} if labels is None else {"labels": np.asarray(labels, dtype=np.int64)}
-        return write_file(target, lambda file: np.savez_compressed(file, images=pictures, **classes))  # type: ignore[arg-type]
+        about = {} if labels is None else {"labels": np.asarray(labels, dtype=np.int64)}
+        about |= {} if captions is None else {"captions": np.array(captions, dtype=np.str_)}
+        return write_file(target, lambda file: np.savez_compressed(file, images=pictures, **about))  # type: ignore[arg-type]
     names = [f"{i:06d}.png" for i in range(len(pictures))]
-    _refuse_stale(target, {*names, *([] if labels is None else ["dataset.json"])})
+    records = {"dataset.json": labels, "metadata.jsonl": captions}
+    _refuse_stale(target, {*names, *(name for name, said in records.items() if said is not None)})
     for name, picture in zip(names, pictures, strict=True):
         _write_png(target / name, picture)
     if labels is not None:
         text = json.dumps({"labels": [[name, int(label)] for name, label in zip(names, labels, strict=True)]})
         write_file(target / "dataset.json", lambda file: file.write(text.encode()))
+    if captions is not None:
+        rows = zip(names, captions, strict=True)
+        lines = "".join(json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in rows)
+        write_file(target / "metadata.jsonl", lambda file: file.write(lines.encode()))
     return target
-
-
-def _scale(value_range: tuple[float, float]) -> float:
-    low, high = value_range
-    if not low < high:
-        raise ConfigError("A value range must rise", got=f"({low}, {high})", want="(lo, hi) with lo < hi")
-    return 255 / (high - low)
 
 
 def _pictures(u8: torch.Tensor) -> np.ndarray:
@@ -164,7 +126,8 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 def _refuse_stale(folder: Path, names: set[str]) -> None:
     present = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    stale = sorted(p for p in present if (p.endswith(".png") or p == "dataset.json") and p not in names)
+    read_back = (p for p in present if p.endswith(".png") or p in ("dataset.json", "metadata.jsonl"))
+    stale = sorted(p for p in read_back if p not in names)
     if stale:
         raise StorageError(
             f"The folder '{folder}' holds '{stale[0]}' of an earlier save, which would mix with these images",

@@ -3,7 +3,8 @@
 Images lie anywhere below the folder (``.png .jpg .jpeg .webp .bmp``; hidden files are skipped) and are taken
 in the order of their names. Labels come from EDM's ``dataset.json``, ``{"labels": [[name, class], ...]}`` or
 null, where there is one; otherwise, where every image is in a sub-folder, these are the classes in the order
-of their names (folders that all images share do not count). Transparent pixels are laid on white.
+of their names (folders that all images share do not count). Captions: :mod:`fewstep.data.annotations`.
+Transparent pixels are laid on white.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fewstep.data.annotations import CLASS_INDEX, Files, captions_of, labels_of
 from fewstep.data.pixels import prepare
 from fewstep.data.sources import ArraySource, Source, View, count_classes, fingerprint
 from fewstep.errors import DataError
@@ -32,27 +34,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IN_MEMORY_BYTES = 2 * 2**30
 """Decoded images up to this size are kept in memory; larger sets are decoded at every read."""
 
-_CLASS_INDEX = "a whole number from 0"
-_NPZ_KEYS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "train": [(("x", "images", "samples", "arr_0"), ("y", "labels", "arr_1")), (("x_train",), ("y_train",))],
-    "test": [(("x_test",), ("y_test",))],
+_NPZ_KEYS: dict[str, list[tuple[tuple[str, ...], tuple[str, ...], str]]] = {
+    "train": [
+        (("x", "images", "samples", "arr_0"), ("y", "labels", "arr_1"), "captions"),
+        (("x_train",), ("y_train",), "captions_train"),
+    ],
+    "test": [(("x_test",), ("y_test",), "captions_test")],
 }
+"""Per split: keys of images, of labels, of captions."""
 _THREADS = min(8, os.cpu_count() or 1)
 _BLOCK = 1024
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-class _Files(Protocol):
-    name: str
-    names: list[str]
-
-    def open(self, name: str) -> IO[bytes]: ...
-    def has(self, name: str) -> bool: ...
-    def stamp(self, name: str) -> tuple[int, int]: ...
-    def close(self) -> None: ...
 
 
 class _FolderFiles:
@@ -113,16 +108,24 @@ class _ZipFiles:
 class FileImages:
     """Images decoded at every read, by threads; sizes were checked when it was opened."""
 
-    def __init__(self, files: _Files, view: View, shape: tuple[int, int, int], labels: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        files: Files,
+        view: View,
+        shape: tuple[int, int, int],
+        labels: np.ndarray | None,
+        captions: Sequence[str] | None = None,
+    ) -> None:
         self.name = files.name
         self.shape: tuple[int, ...] = shape
         self.labels = labels
         self.num_classes = count_classes(labels)
+        self.captions = captions
         self.is_images = True
         self._files, self._resize = files, view.resize
         stamps = [[name, *files.stamp(name)] for name in files.names]
         settings = json.dumps([shape, stamps])
-        self.fingerprint = fingerprint("files", settings.encode(), labels)
+        self.fingerprint = fingerprint("files", settings.encode(), labels, captions)
 
     def __len__(self) -> int:
         return len(self._files.names)
@@ -174,35 +177,51 @@ def npz(where: str, view: View) -> Source:
     Keys: ``x``, ``images``, ``samples`` or ``arr_0`` with optional ``y``, ``labels`` or ``arr_1``; or ``x_train``,
     ``y_train``, ``x_test``, ``y_test``. Images are uint8 ``[n,h,w]``, ``[n,h,w,c]`` or ``[n,c,h,w]`` (where both
     fit, the last axis is the channels), c = 1, 3 or 4 (alpha, laid on white); labels are whole numbers ``[n]`` or
-    ``[n,1]``. Nothing is unpickled.
+    ``[n,1]``; captions, ``captions`` (``captions_train``, ``captions_test``), are texts ``[n]``. Nothing is unpickled.
 
     Raises:
         DataError: no such file, key or split, a wrong dtype or shape, or object arrays.
     """
-    x, y = _read_npz(where, view)
+    x, y, texts = _read_npz(where, view)
     if x.dtype != np.uint8:
         raise DataError(f"The images of '{where}' are not bytes", got=x.dtype, want="uint8, 0..255")
     stack = _channels_last(where, x)
     blocks = (stack[i : i + _BLOCK] for i in range(0, len(stack), _BLOCK))
     parts = list(_in_threads(lambda b: prepare(b, channels=view.channels, resize=view.resize), blocks))
     labels = None if y is None else _class_indices(where, y, len(x))
-    return ArraySource(f"npz:{where}", torch.from_numpy(np.concatenate(parts)), labels)
+    captions = None if texts is None else _captions(where, texts, len(x))
+    return ArraySource(f"npz:{where}", torch.from_numpy(np.concatenate(parts)), labels, captions=captions)
 
 
-def _open_images(files: _Files, view: View, in_memory_bytes: int) -> Source:
+def _open_images(files: Files, view: View, in_memory_bytes: int) -> Source:
     if not files.names:
         raise DataError(f"There are no images in '{files.name}'", want=" ".join(SUFFIXES))
+    labels, captions = (labels_of(files), captions_of(files)) if view.labels else (None, None)
+    return open_images(files, view, labels, captions, in_memory_bytes)
+
+
+def open_images(
+    files: Files,
+    view: View,
+    labels: np.ndarray | None,
+    captions: Sequence[str] | None,
+    in_memory_bytes: int = IN_MEMORY_BYTES,
+) -> Source:
+    """The images of ``files`` (at least one), decoded once where they are few, else at every read.
+
+    Raises:
+        DataError: an unreadable image, or mixed sizes without ``resize``.
+    """
     shape = _common_shape(files, view)
-    labels = _labels(files) if view.labels else None
-    lazy = FileImages(files, view, shape, labels)
+    lazy = FileImages(files, view, shape, labels, captions)
     if len(lazy) * int(np.prod(shape)) > in_memory_bytes:
         return lazy
     data = lazy.read(np.arange(len(lazy)))
     files.close()
-    return ArraySource(lazy.name, data, labels)
+    return ArraySource(lazy.name, data, labels, captions=captions)
 
 
-def _common_shape(files: _Files, view: View) -> tuple[int, int, int]:
+def _common_shape(files: Files, view: View) -> tuple[int, int, int]:
     """(c, h, w) after the view, from the headers alone."""
     first: tuple[int, int] | None = None
     grey = True
@@ -224,17 +243,17 @@ def _other_size(name: str, size: Sequence[int], other: str, expected: Sequence[i
     )
 
 
-def _header(files: _Files, name: str) -> tuple[tuple[int, int], bool]:
+def _header(files: Files, name: str) -> tuple[tuple[int, int], bool]:
     """((height, width), is it grey) of one image, without decoding it."""
     return _with_image(files, name, lambda image: (_upright(image).size[::-1], image.mode in _GREY_MODES))
 
 
-def _decode(files: _Files, name: str) -> np.ndarray:
+def _decode(files: Files, name: str) -> np.ndarray:
     """uint8 [h, w, 1 to 4] of one image."""
     return _with_image(files, name, lambda image: _pixels(_upright(image)))
 
 
-def _with_image(files: _Files, name: str, use: Callable[[Image.Image], B]) -> B:
+def _with_image(files: Files, name: str, use: Callable[[Image.Image], B]) -> B:
     try:
         with files.open(name) as stream, Image.open(stream) as image:
             return use(image)
@@ -262,48 +281,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _labels(files: _Files) -> np.ndarray | None:
-    prefix = _common_folder(files.names)
-    for base in dict.fromkeys(["", prefix]):
-        if files.has(f"{base}dataset.json"):
-            return _edm_labels(files, base)
-    folders = [name[len(prefix) :].split("/") for name in files.names]
-    if any(len(parts) == 1 for parts in folders):
-        return None
-    classes = {name: i for i, name in enumerate(sorted({parts[0] for parts in folders}))}
-    return np.array([classes[parts[0]] for parts in folders], dtype=np.int64)
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """The longest folder path, with its slash, that all (sorted) names share."""
-    first, last = names[0], names[-1]
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: first.rfind("/", 0, same) + 1]
-
-
-def _edm_labels(files: _Files, base: str) -> np.ndarray | None:
-    where = f"'{base}dataset.json' in '{files.name}'"
-    try:
-        with files.open(f"{base}dataset.json") as stream:
-            pairs = json.load(stream).get("labels")
-        if pairs is None:
-            return None
-        table = {base + str(name).replace("\\", "/"): label for name, label in pairs}
-    except (OSError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        place = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
-        form = '{"labels": [["name", class], ...]}, or null for the list'
-        raise DataError(f"{where} is not readable{place}", want=form) from error
-    missing = next((name for name in files.names if name not in table), None)
-    if missing is not None:
-        raise DataError(f"{where} has no label for '{missing}'", do="Add it, or open the data without labels")
-    values = [table[name] for name in files.names]
-    wrong = next((v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < 0), None)
-    if wrong is not None:
-        raise DataError(f"A label of {where} is not a class index", got=repr(wrong), want=_CLASS_INDEX)
-    return np.array(values, dtype=np.int64)
-
-
-def _read_npz(where: str, view: View) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_npz(where: str, view: View) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Images, labels, captions."""
     path = Path(where).expanduser()
     if not path.is_file():
         raise DataError(f"There is no npz '{where}'")
@@ -312,17 +291,18 @@ def _read_npz(where: str, view: View) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             keys = list(arrays)
-            for images, labels in _NPZ_KEYS[view.split]:
+            for images, labels, captions in _NPZ_KEYS[view.split]:
                 x_key = next((key for key in images if key in keys), None)
-                y_key = next((key for key in labels if key in keys and view.labels), None)
                 if x_key is not None:
-                    return np.asarray(arrays[x_key]), None if y_key is None else np.asarray(arrays[y_key])
+                    y_key = next((key for key in labels if key in keys), None)
+                    said = [arrays[key] if view.labels and key in keys else None for key in (y_key, captions)]
+                    return np.asarray(arrays[x_key]), said[0], said[1]
     except Exception as error:  # numpy raises every kind of error on damaged bytes
         raise DataError(f"The npz '{where}' cannot be read: {_reason(error)}") from error
     raise DataError(
         f"The npz '{where}' has no images for the split '{view.split}'",
         got=f"the keys {', '.join(keys) or '(none)'}",
-        want=" or ".join(key for images, _ in _NPZ_KEYS[view.split] for key in images),
+        want=" or ".join(key for images, _, _ in _NPZ_KEYS[view.split] for key in images),
     )
 
 
@@ -344,8 +324,15 @@ def _class_indices(where: str, y: np.ndarray, n: int) -> np.ndarray:
         got, want = f"{y.dtype} {list(y.shape)}", f"whole numbers [{n}], one per image"
         raise DataError(f"The labels of '{where}' cannot be used", got=got, want=want)
     if y.min() < 0:
-        raise DataError(f"A label of '{where}' is not a class index", got=int(y.min()), want=_CLASS_INDEX)
+        raise DataError(f"A label of '{where}' is not a class index", got=int(y.min()), want=CLASS_INDEX)
     return y.reshape(n).astype(np.int64)
+
+
+def _captions(where: str, texts: np.ndarray, n: int) -> list[str]:
+    if texts.dtype.kind != "U" or texts.shape != (n,):
+        got, want = f"{texts.dtype} {list(texts.shape)}", f"texts [{n}], one per image"
+        raise DataError(f"The captions of '{where}' cannot be used", got=got, want=want)
+    return [str(text) for text in texts]
 
 
 def _walk(root: Path, below: str, above: frozenset[str]) -> Iterator[str]:

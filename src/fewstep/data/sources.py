@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +39,9 @@ class Source(Protocol):
     ``name`` is for reports and can be opened again; ``shape`` is ``(c, h, w)`` or ``(2,)``; ``labels`` int64
     ``[n]`` or None with ``num_classes`` 0; ``fingerprint`` is a sha256 that changes with the data, the labels
     and the settings, so that resume can refuse other data.
+
+    A source may also have ``captions``, a text per sample (:func:`captions_of`), and ``conditions``, what a network
+    is to be told about each sample (:func:`conditions_of`).
     """
 
     name: str
@@ -53,6 +58,28 @@ class Source(Protocol):
     def read(self, index: np.ndarray) -> torch.Tensor:
         """Samples at ``index`` (int ``[b]``): uint8 ``[b, c, h, w]`` images or float32 ``[b, 2]`` points."""
         ...
+
+
+class Conditions(Protocol):
+    """Packed rows for the samples of a source, ready for the network: see :mod:`fewstep.conditioning`."""
+
+    width: int
+
+    def read(self, index: np.ndarray) -> torch.Tensor:
+        """Rows of the samples at ``index`` (int ``[b]``), float32 ``[b, width]``."""
+        ...
+
+
+def captions_of(source: Source) -> Sequence[str] | None:
+    """The text that belongs to each sample, or None."""
+    captions: Sequence[str] | None = getattr(source, "captions", None)
+    return captions
+
+
+def conditions_of(source: Source) -> Conditions | None:
+    """What a network is to be told about each sample, or None."""
+    conditions: Conditions | None = getattr(source, "conditions", None)
+    return conditions
 
 
 @dataclass(frozen=True)
@@ -96,19 +123,26 @@ class ArraySource:
         data: the samples.
         labels: class indices ``[n]``, or None.
         num_classes: by default the largest label plus one.
+        captions: a text per sample, or None.
     """
 
     def __init__(
-        self, name: str, data: torch.Tensor, labels: np.ndarray | None, num_classes: int | None = None
+        self,
+        name: str,
+        data: torch.Tensor,
+        labels: np.ndarray | None,
+        num_classes: int | None = None,
+        captions: Sequence[str] | None = None,
     ) -> None:
         self.name = name
         self.data = data
         self.shape = tuple(data.shape[1:])
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.num_classes = count_classes(self.labels) if num_classes is None else num_classes
+        self.captions = captions
         self.is_images = data.dtype == torch.uint8
         self.fingerprint = fingerprint(
-            f"{data.dtype} {tuple(data.shape)}", data.contiguous().numpy().data.cast("B"), self.labels
+            f"{data.dtype} {tuple(data.shape)}", data.contiguous().numpy().data.cast("B"), self.labels, captions
         )
 
     def __len__(self) -> int:
@@ -124,12 +158,16 @@ def count_classes(labels: np.ndarray | None) -> int:
     return 0 if labels is None else int(labels.max()) + 1
 
 
-def fingerprint(head: str, content: bytes | memoryview, labels: np.ndarray | None) -> str:
-    """sha256, in hex, of a description, the content and the labels (as little-endian int64)."""
+def fingerprint(
+    head: str, content: bytes | memoryview, labels: np.ndarray | None, captions: Sequence[str] | None = None
+) -> str:
+    """sha256, in hex, of a description, the content, the labels (as little-endian int64) and the captions."""
     digest = hashlib.sha256(head.encode() + b"\0")
     digest.update(content)
     if labels is not None:
         digest.update(b"labels\0" + labels.astype("<i8").tobytes())
+    if captions is not None:
+        digest.update(b"captions\0" + json.dumps(list(captions)).encode())
     return digest.hexdigest()
 
 

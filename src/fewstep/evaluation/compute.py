@@ -32,10 +32,11 @@ def forward_flops(denoiser: Denoiser) -> int:
     """
     where = denoiser.device
     x = torch.zeros(1, *denoiser.sample_shape, device=where)
-    cond = torch.zeros(1, denoiser.num_classes, device=where) if denoiser.num_classes else None
+    cond = denoiser.condition(None, 1)
     landing = (torch.zeros(1, 2, device=where),) if denoiser.two_time else ()
+    told = {"guidance": torch.ones(1, device=where)} if denoiser.guided else {}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser.backbone(x, torch.zeros(1, device=where), cond, *landing)
+        denoiser.backbone(x, torch.zeros(1, device=where), cond, *landing, **told)
     return int(counter.get_total_flops())
 
 
@@ -68,13 +69,13 @@ def passes(objective: Objective, denoiser: Denoiser, images: int) -> Passes:
         share = target_share(objective, images, denoiser.sigma_min, denoiser.sigma_max)
         return {("student", 3): 1.0, ("student", 1): share}
     counts: Counter[tuple[str, int]] = Counter()
-    student = _stub("student", counts, denoiser, objective.two_time).train()
+    student = _stub("student", counts, denoiser, objective).train()
     objective = objective.prepare(student)
     with torch.random.fork_rng(devices=[]):
         extra = objective.extra(student)
-    teacher = _stub("teacher", counts, denoiser, two_time=False).requires_grad_(False).eval()
+    teacher = _stub("teacher", counts, denoiser).requires_grad_(False).eval()
     names = objective.companions()
-    companions = {name: _stub(name, counts, denoiser, objective.two_time).requires_grad_(False) for name in names}
+    companions = {name: _stub(name, counts, denoiser, objective).requires_grad_(False) for name in names}
     beside = Beside(teacher, companions, extra, lambda x: [x])
     counts.clear()  # prepare may have tried the student
     for k, progress in enumerate(_moments(images, _MOMENTS)):
@@ -110,12 +111,21 @@ class _Stratified(StepRandom):
 class _Counter(nn.Module):
     """A network of one weight that counts the rows of its passes by what they cost."""
 
-    def __init__(self, name: str, counts: Counter[tuple[str, int]], two_time: bool) -> None:
+    def __init__(self, name: str, counts: Counter[tuple[str, int]], objective: Objective | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5))
-        self.name, self.counts, self.two_time = name, counts, two_time
+        self.name, self.counts = name, counts
+        self.two_time = objective is not None and objective.two_time
+        self.guided = objective is not None and objective.guidance_range is not None
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, landing: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Tensor | None = None,
+        landing: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         dual = forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
         trained = torch.is_grad_enabled() and self.weight.requires_grad
         through = torch.is_grad_enabled() and x.requires_grad
@@ -123,15 +133,18 @@ class _Counter(nn.Module):
         return self.weight * x + c_noise.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _stub(name: str, counts: Counter[tuple[str, int]], like: Denoiser, two_time: bool) -> Denoiser:
-    """A denoiser like ``like`` around a counter; images are made small: only rows are counted."""
+def _stub(
+    name: str, counts: Counter[tuple[str, int]], like: Denoiser, objective: Objective | None = None
+) -> Denoiser:
+    """A denoiser like ``like``, told what ``objective`` tells, around a counter; images are small: only rows count."""
     shape = like.sample_shape
     return Denoiser(
-        _Counter(name, counts, two_time),
+        _Counter(name, counts, objective),
         EDM(),
         Parametrization("edm", sigma_data=like.sigma_data),
         sample_shape=(shape[0], *(min(side, _SIDE) for side in shape[1:])),
         num_classes=like.num_classes,
+        parts=like.conditioning.parts,
         sigma_min=like.sigma_min,
         sigma_max=like.sigma_max,
     )

@@ -28,7 +28,7 @@ from fewstep.evaluation.figures import evaluations, number
 from fewstep.evaluation.measure import affordable, metric_name
 from fewstep.evaluation.metrics import gaussian_stats
 from fewstep.evaluation.reference import Reference, check_comparable
-from fewstep.evaluation.samples import draw_labels, to_host
+from fewstep.evaluation.samples import draw_labels, makes_images, shown_shape, to_host
 from fewstep.evaluation.times_search import Chain, Score, Times, Trials, find_times, resampled, rounded, time_range
 from fewstep.sampling import few_step_times, ode_sample_nfe, possible_steps, sample
 
@@ -92,15 +92,11 @@ class Judge:
         return Drawn(Estimate(self._distance(features), spread_of(halves)), halves, seconds)
 
     def _features(self, denoiser: Denoiser, x: Tensor) -> Tensor:
-        images = to_host(denoiser, x, _is_images(denoiser))
+        images = to_host(denoiser, x)
         return features_of(self.reference.net, images, device=denoiser.device)
 
     def _distance(self, features: Tensor) -> float:
         return self.reference.real.frechet.distance(gaussian_stats(features))
-
-
-def _is_images(denoiser: Denoiser) -> bool:
-    return len(denoiser.sample_shape) == 3
 
 
 def _now(denoiser: Denoiser) -> float:
@@ -211,7 +207,7 @@ def search(
         DataError: the data has another shape than the model's samples.
     """
     require_free_times(denoiser)
-    check_comparable(reference, denoiser.sample_shape, _is_images(denoiser))
+    check_comparable(reference, shown_shape(denoiser), makes_images(denoiser))
     watch, known, found = watch or Watch(), known or {}, {}
     cond = draw_labels(denoiser, reference.source, settings.samples, settings.search_seed)
     chain = Chain(denoiser, settings.samples, seed=settings.search_seed, cond=cond, batch_size=batch_size)

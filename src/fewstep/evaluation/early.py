@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fewstep.commit import RULES, Committed, commit_sample
-from fewstep.data.codec import decode, save_grid
+from fewstep.data.codec import save_grid
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.bootstrap import Estimate, half_samples, spread_of
 from fewstep.evaluation.features import FeatureNet, features_of
 from fewstep.evaluation.measure import affordable, metric_name
 from fewstep.evaluation.metrics import FrechetReference, Stats, gaussian_stats
+from fewstep.evaluation.samples import to_host
 
 TOLERANCES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 FULL = "full chain"
@@ -106,8 +107,7 @@ def _distances(
     denoiser: Denoiser, x: Tensor, net: FeatureNet, reference: FrechetReference, replicates: int, seed: int
 ) -> list[float]:
     """Fréchet distances of all samples and of the half-samples; images go through uint8, as through a file."""
-    seen = decode(x, denoiser.value_range) if len(denoiser.sample_shape) == 3 else x.float()
-    features = features_of(net, seen, device=denoiser.device)
+    features = features_of(net, to_host(denoiser, x), device=denoiser.device)
     parts = [features, *(features[half] for half in half_samples(len(x), replicates, seed))]
     return [reference.distance(gaussian_stats(part)) for part in parts]
 

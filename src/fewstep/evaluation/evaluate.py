@@ -19,7 +19,16 @@ from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
 from fewstep.evaluation.measure import METRICS, MOST_ROWS, Fake, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, open_reference
-from fewstep.evaluation.samples import FILES, SOLVERS, SampleSet, draw_labels, generated, to_host
+from fewstep.evaluation.samples import (
+    FILES,
+    SOLVERS,
+    SampleSet,
+    draw_labels,
+    generated,
+    makes_images,
+    shown_shape,
+    to_host,
+)
 from fewstep.sampling import ode_sample_nfe, possible_steps, sample
 from fewstep.world import World
 
@@ -52,6 +61,7 @@ def evaluate(
     features: str = "auto",
     samples: int = 2_000,
     seed: int = 0,
+    guidance: float | None = None,
     batch_size: int | None = None,
     replicates: int = REPLICATES,
     on_row: OnRow | None = None,
@@ -69,6 +79,7 @@ def evaluate(
         metrics: names in METRICS, or "all" that apply; default: DEFAULT_METRICS as far as they apply.
         samples: per step count; conditional models get labels drawn from the data.
         seed: sample i of every step count starts from the same noise.
+        guidance: strength, as of :func:`fewstep.sample`.
         replicates: half-samples behind each 95 % interval; 0 for none.
         on_row, on_progress: called with each finished row, and after each block of samples.
         world: several processes share the sampling; only the leading one measures (the others get no rows).
@@ -88,14 +99,15 @@ def evaluate(
             raise ConfigError(f"There is no metric '{name}'", do=nearest(name, METRICS))
     if samples < 2:
         raise ConfigError("An evaluation needs at least two samples", got=samples)
-    shape, device = denoiser.sample_shape, denoiser.device
+    shape, device = shown_shape(denoiser), denoiser.device
     reference = data if isinstance(data, Reference) else open_reference(data, features, like=shape, device=device)
-    images = reference.source.is_images if reference.source is not None else len(denoiser.sample_shape) == 3
-    check_comparable(reference, shape, images)
+    check_comparable(reference, shape, makes_images(denoiser))
     cond = draw_labels(denoiser, reference.source, samples, seed)
     kind = cast(Literal["consistency", "ode"], solver)
     sets = [
-        generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, batch_size=batch_size, is_images=images)
+        generated(
+            denoiser, samples, count, solver=kind, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size
+        )
         for count in steps
     ]
     for one in sets:

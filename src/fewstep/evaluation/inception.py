@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.checkpoint.hub import first_line
 from fewstep.checkpoint.state_dict import read_state_dict
 from fewstep.checkpoint.store import file_hash
 from fewstep.errors import CheckpointError, ConfigError
-from fewstep.evaluation.pretrained import INSTALL, Pretrained, first_line
+from fewstep.evaluation.pretrained import INSTALL, Pretrained
 
 INCEPTION_DIM = 2048
 PREPROCESSING = "uint8, TF1 bilinear 299x299 without antialias, (x-128)/128; grey repeated to 3 channels"

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.checkpoint.hub import HUB_ID, first_line, snapshot
 from fewstep.checkpoint.store import file_hash
 from fewstep.errors import CheckpointError, ConfigError, nearest
 
@@ -31,8 +30,6 @@ REVISIONS = {CLIP_ID: "c237dc49a33fc61debc9276459120b7eac67e7ef"}  # main has no
 DINOV2_NAMES = {384: "DINOv2-S14", 768: "DINOv2-B14", 1024: "DINOv2", 1536: "DINOv2-G14"}
 DINOV2_SIDE = 224
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-PROBE_SECONDS = 3.0
 INSTALL = 'Run `pip install "fewstep[metrics]"`'
 
 
@@ -57,12 +54,6 @@ class Pretrained:
     net: nn.Module
     head: Callable[[Tensor], Tensor] | None = None
     verified: bool = False
-
-
-def first_line(error: BaseException) -> str:
-    """What another library says, in one line: its kind of error and the first line of its message."""
-    line = next(iter(str(error).strip().splitlines()), "")[:200].rstrip(".")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 class VisionTransformer(nn.Module):
@@ -236,35 +227,11 @@ def _model_folder(kind: str, spec: str, types: tuple[str, ...]) -> Path:
 
 def _snapshot(kind: str, name: str, revision: str) -> Path:
     _transformers()
-    import huggingface_hub as hub
-
-    def fetch(local: bool) -> Path:
-        return Path(
-            hub.snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=local)
-        )
-
-    try:
-        folder = fetch(local=True)
-        if _is_complete(folder):
-            return folder
-    except Exception:  # not in the cache, whatever the hub library calls it
-        pass
     command = f"hf download {name} config.json model.safetensors" + (
         f" --revision {revision}" if revision != "main" else ""
     )
     do = f"Run `{command}` where there is a network, or give a folder: {kind}:FOLDER"
-    reason = (
-        "this process is offline (HF_HUB_OFFLINE or FEWSTEP_OFFLINE is set)" if _is_offline() else _unreachable(hub)
-    )
-    if reason:
-        raise CheckpointError(
-            f"The model '{name}' is neither a folder nor in the cache '{hub.constants.HF_HUB_CACHE}', and {reason}",
-            do=do,
-        )
-    try:
-        return fetch(local=False)
-    except Exception as error:  # no such id, no access, connection lost
-        raise CheckpointError(f"The model '{name}' cannot be downloaded", got=first_line(error), do=do) from error
+    return snapshot(name, revision, MODEL_FILES, _is_complete, do)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -279,21 +246,6 @@ def _is_complete(folder: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return all((folder / shard).is_file() for shard in shards)
-
-
-def _is_offline() -> bool:
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "FEWSTEP_OFFLINE")
-    )
-
-
-def _unreachable(hub: Any) -> str | None:
-    """One short question to the hub: its library would try for 23 s per file before it gives up."""
-    try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception as error:  # whatever the HTTP library calls it
-        return f"{hub.constants.ENDPOINT} does not answer ({first_line(error)})"
-    return None
 
 
 def _folder_hash(folder: Path) -> str:

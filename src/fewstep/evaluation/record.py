@@ -42,7 +42,7 @@ class Record:
 
     Args:
         path: the directory; job: "tune" or "pretrain"; config: config.yaml by dotted path; yaml: its text.
-        facts: "images_seen", "parameters", "dataset" (count, shape), "peak_memory", "processes", "teacher".
+        facts: "images_seen", "parameters", "trained", "dataset" (count, shape), "peak_memory", "processes", "teacher".
         results: results.json, model -> what ``evaluate`` found.
         pictures, reference, neighbours: samples, real data, and the training images nearest to some samples.
         history: rows of metrics.jsonl.

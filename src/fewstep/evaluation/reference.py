@@ -31,6 +31,7 @@ from fewstep.checkpoint.store import (
     write_tensors,
 )
 from fewstep.data import Source, open_source
+from fewstep.data.cache import cache_directory
 from fewstep.errors import CheckpointError, ConfigError, DataError, StorageError
 from fewstep.evaluation.bootstrap import evenly
 from fewstep.evaluation.features import PCA_ROWS, FeatureNet, features_of, open_features
@@ -271,17 +272,6 @@ def _describe(source: Source, split: str, resize: int | None, channels: int | No
 
 
 # -------------------------------------------------------------------------------------------------------- the cache
-def cache_directory() -> Path | None:
-    """``$FEWSTEP_CACHE``, else ``$XDG_CACHE_HOME/fewstep``, else ``~/.cache/fewstep``; None without a home."""
-    own, base = os.environ.get("FEWSTEP_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        if own:
-            return Path(own).expanduser().absolute()
-        return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "fewstep"
-    except RuntimeError:  # no home directory
-        return None
-
-
 def _entry(source: Source, net: FeatureNet, rows: int) -> Path | None:
     root = cache_directory()
     data = [source.fingerprint, len(source), list(source.shape), CODING[source.is_images]]

@@ -226,14 +226,19 @@ def quality_table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    head, lines = _wide(rows, metrics) if len(metrics) <= MOST_COLUMNS else _long(rows, metrics)
+    head, lines = table_lines(rows)
     table = Table()
     for i, name in enumerate(head):
         table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     return table
+
+
+def table_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the quality table: a column per metric, or a line per metric where they are many."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    return _wide(rows, metrics) if len(metrics) <= MOST_COLUMNS else _long(rows, metrics)
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.backbones.text import prompt_rows
 from fewstep.data import Source, decode
+from fewstep.data.sources import captions_of, conditions_of
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
+from fewstep.guidance import Guided, evaluations
 from fewstep.randomness import Streams
 from fewstep.sampling import check_times, default_batch_size, few_step_times, ode_sample_nfe, sample
 
@@ -60,15 +63,17 @@ def generated(
     times: Sequence[float] | None = None,
     seed: int = 0,
     cond: Tensor | None = None,
+    guidance: float | None = None,
     batch_size: int | None = None,
-    is_images: bool = True,
 ) -> SampleSet:
     """``n`` samples of a model in ``steps`` network evaluations each; sample i depends on the seed and i alone.
 
     Args:
         solver: "consistency" (few-step sampler) or "ode" (EDM's Heun; Euler where ``steps`` is even).
         times: noise levels of the consistency sampler, ``steps`` of them; default: the model's own.
-        cond: classes ``[n]`` or one-hot ``[n, num_classes]``; by default uniform for a conditional model.
+        cond: classes ``[n]``, one-hot ``[n, num_classes]`` or embedded prompts ``[n, width]``; by default uniform
+            classes, or no prompt.
+        guidance: strength, as of :func:`fewstep.sample`; where it doubles the evaluations, "nfe" is twice ``steps``.
         batch_size: samples at once; changes nothing but the rounding.
 
     Raises:
@@ -81,7 +86,9 @@ def generated(
         got = f"samples {n}, steps {steps}, batch size {batch_size}"
         raise ConfigError("Samples, steps and batch size must be at least 1", got=got)
     levels = _levels(denoiser, steps, solver, times)
-    cond = draw_labels(denoiser, None, n, seed) if cond is None else cond
+    if guidance is not None:
+        Guided(denoiser, guidance)  # refuses here what it would refuse while sampling
+    cond = draw_labels(denoiser, None, n, seed) if cond is None and denoiser.num_classes else cond
     if cond is not None and len(cond) != n:
         raise ConfigError("There is not one label per sample", got=len(cond), want=n)
     size = batch_size or default_batch_size(denoiser.sample_shape, denoiser.device)
@@ -91,14 +98,19 @@ def generated(
             count = min(size, n - start)
             asked = None if cond is None else cond[start : start + count]
             if levels is None:
-                x = ode_sample_nfe(denoiser, count, steps, seed=seed, cond=asked, batch_size=count, first=start)
+                x = ode_sample_nfe(denoiser, count, steps, seed=seed, cond=asked, guidance=guidance, batch_size=count,
+                                   first=start)  # fmt: skip
             else:
-                x = sample(denoiser, count, times=levels, seed=seed, cond=asked, batch_size=count, first=start)
+                x = sample(denoiser, count, times=levels, seed=seed, cond=asked, guidance=guidance, batch_size=count,
+                           first=start)  # fmt: skip
             check_finite(x, start)
-            yield to_host(denoiser, x, is_images)
+            yield to_host(denoiser, x)
 
-    about = {"solver": solver, "steps": steps, "nfe": steps, "times": levels, "seed": seed}
-    return SampleSet(solver, n, denoiser.sample_shape, is_images, _classes(cond), about, blocks)
+    about = {"solver": solver, "steps": steps, "nfe": steps * evaluations(denoiser, guidance), "times": levels,
+             "seed": seed} | ({} if guidance is None else {"guidance": guidance})  # fmt: skip
+    shape, images = shown_shape(denoiser), makes_images(denoiser)
+    labels = _classes(cond) if denoiser.num_classes else None
+    return SampleSet(solver, n, shape, images, labels, about, blocks)
 
 
 def from_source(source: Source) -> SampleSet:
@@ -138,7 +150,15 @@ def read_rows(source: Source, index: np.ndarray) -> Tensor:
 
 
 def draw_labels(denoiser: Denoiser, source: Source | None, n: int, seed: int) -> Tensor | None:
-    """Class indices ``[n]`` drawn from the data's labels (uniform without labels); None if unconditional."""
+    """What samples are to be of, drawn from the data; None for an unconditional model.
+
+    Class indices ``[n]`` (uniform without labels), or embedded captions ``[n, width]``, which stay on the CPU.
+
+    Raises:
+        DataError: the model is told a text, and the data have no captions.
+    """
+    if denoiser.conditioning.parts:
+        return _draw_captions(denoiser, source, n, seed)
     if denoiser.num_classes == 0:
         return None
     if source is None or source.labels is None:
@@ -147,9 +167,57 @@ def draw_labels(denoiser: Denoiser, source: Source | None, n: int, seed: int) ->
     return torch.from_numpy(source.labels[picked]).to(denoiser.device)
 
 
-def to_host(denoiser: Denoiser, x: Tensor, images: bool) -> Tensor:
-    """Samples as uint8 images (or float points) on the CPU."""
-    return (decode(x, denoiser.value_range) if images else x.float()).cpu()
+def _draw_captions(denoiser: Denoiser, source: Source | None, n: int, seed: int) -> Tensor:
+    source = check_captions(denoiser, source)
+    picked = Streams(seed).integers("evaluation/labels", torch.arange(n), len(source)).numpy()
+    embedded, captions = conditions_of(source), captions_of(source)
+    if embedded is not None or captions is None:
+        assert embedded is not None
+        return embedded.read(picked)
+    return prompt_rows(denoiser, [captions[i] for i in picked])
+
+
+def check_captions(denoiser: Denoiser, source: Source | None) -> Source:
+    """The data, if they say what a text-conditional model is to be told.
+
+    Raises:
+        DataError: no captions, or embeddings of another shape.
+    """
+    embedded = None if source is None else conditions_of(source)
+    if source is not None and embedded is not None:
+        if embedded.width != denoiser.conditioning.width:
+            raise DataError(
+                f"The embeddings of '{source.name}' are not those of this model's text encoders",
+                got=f"{embedded.width} numbers per row",
+                want=denoiser.conditioning.width,
+            )
+        return source
+    if source is None or captions_of(source) is None:
+        named = "there are no data with captions" if source is None else f"'{source.name}' has no captions"
+        raise DataError(
+            f"The model is told a text for every image, and {named}",
+            want='metadata.jsonl beside the images, with {"file_name": "a.png", "text": "what it shows"} in a line for '
+            "each, or NAME.txt beside each image",
+        )
+    return source
+
+
+def shown_shape(denoiser: Denoiser) -> tuple[int, ...]:
+    """Shape of one sample as it is measured and shown: ``(c, h, w)`` of an image, decoded, or ``(k,)`` of a point."""
+    shape = denoiser.sample_shape
+    return shape if denoiser.codec is None else denoiser.codec.image_shape(shape)
+
+
+def makes_images(denoiser: Denoiser) -> bool:
+    """Whether samples are images; if not, they are points."""
+    return len(shown_shape(denoiser)) == 3
+
+
+def to_host(denoiser: Denoiser, x: Tensor) -> Tensor:
+    """Samples as uint8 images (or float points) on the CPU; latents are decoded."""
+    if denoiser.codec is not None:
+        return denoiser.codec.decode(x.float()).cpu()
+    return (decode(x, denoiser.value_range) if makes_images(denoiser) else x.float()).cpu()
 
 
 def _levels(denoiser: Denoiser, steps: int, solver: str, times: Sequence[float] | None) -> list[float] | None:

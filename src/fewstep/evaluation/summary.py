@@ -27,16 +27,26 @@ def summary_of(record: Record) -> Pairs:
     pairs = [
         ("Teacher", teacher_of(record) if record.job == "tune" else None),
         ("Data", f"{config.get('data.source')}{size} ({', '.join(view)})"),
+        ("Made by", facts.get("origin")),
         ("Recipe", f"{recipe} ({note})" if note else recipe),
         ("Objective", in_words(nested(config, "objective"))),
         ("Optimiser", in_words(nested(config, "optim"))),
-        ("Network", f"{facts['parameters'] / 1e6:.2f} M parameters" if "parameters" in facts else None),
+        ("Network", _size(facts)),
         ("Images", f"{seen:,} in batches of {config.get('batch_size')}" if isinstance(seen, int) else None),
         ("Seed", config.get("seed")),
         ("Processes", facts.get("processes")),
         ("Peak memory", f"{facts['peak_memory'] / 2**20:.0f} MiB" if "peak_memory" in facts else None),
     ]
     return [(name, str(value)) for name, value in pairs if value not in (None, "")]
+
+
+def _size(facts: Mapping[str, Any]) -> str | None:
+    """Parameters of the network, and how many of them were trained where not all were."""
+    if "parameters" not in facts:
+        return None
+    size, trained = facts["parameters"], facts.get("trained", facts["parameters"])
+    part = "" if trained == size else f", {trained / 1e6:.2f} M of them trained"
+    return f"{size / 1e6:.2f} M parameters{part}"
 
 
 def teacher_of(record: Record) -> str:

@@ -128,6 +128,17 @@ class Objective:
         return False
 
     @property
+    def guides(self) -> bool:
+        """Whether a teacher is asked what it does without the condition, too."""
+        legs = [getattr(self, name, None) for name in ("bridge", "step")]
+        return any(getattr(leg, "guidance", 1) != 1 or getattr(leg, "guidance_max", None) is not None for leg in legs)
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Between which strengths of guidance w lies where the student is told it; None where it is not told."""
+        return None
+
+    @property
     def features(self) -> str | None:
         """The feature net of a distance in feature space, as ``fewstep eval --features`` names it."""
         return None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
-from fewstep.guidance import Guided
+from fewstep.guidance import Guided, require_condition
 from fewstep.jumps import euler_step, heun_step
 from fewstep.objectives.pairs import Pair
 from fewstep.process import expand
@@ -37,19 +39,27 @@ class TeacherStep:
 
     Args:
         solver: "heun" (second order, two evaluations) or "euler" (first order, one).
-        guidance: classifier-free guidance of the ODE, ``v_u + guidance (v_c - v_u)``, for class-conditional teachers;
-            1 is none. It doubles the evaluations.
+        guidance: classifier-free guidance of the ODE, ``v_u + guidance (v_c - v_u)``, for conditional teachers that
+            know what "no label" is; 1 is none. It doubles the evaluations.
+        guidance_max: every row draws its own strength, evenly between ``guidance`` and this, and the student is told
+            it: one student for all of them (arXiv 2210.03142). None is one strength for all, which it is not told.
     """
 
     solver: Literal["heun", "euler"] = "heun"
     guidance: float = 1.0
+    guidance_max: float | None = None
     kind: ClassVar[str] = "teacher"
+
+    def __post_init__(self) -> None:
+        check_strength(self.guidance, self.guidance_max)
 
     def __call__(self, both: Pair, x_t: Samples, teacher: Denoiser | None) -> Samples:
         """``x_r [b, ...]``; where r = 0 it is the teacher's ``D(x_t, t)``."""
         model = require_teacher(teacher)
         step = heun_step if self.solver == "heun" else euler_step
-        return step(model if self.guidance == 1 else Guided(model, self.guidance), x_t, both.t, both.r, both.cond)
+        weight = self.guidance if both.guidance is None else both.guidance
+        plain = not isinstance(weight, Tensor) and weight == 1
+        return step(model if plain else Guided(model, weight), x_t, both.t, both.r, both.cond)
 
     @property
     def needs_teacher(self) -> bool:
@@ -61,29 +71,34 @@ class GuidedRay:
     """The data's noise ray, bent to where guidance points (math.md 3.4, form 2; experimental).
 
     ``x_r = x_t + (r - t) (eps + (w - 1) (v_c - v_u))`` with the teacher's velocities at x_t; its conditional mean is
-    the guided velocity. Rows without a label stay on the ray.
+    the guided velocity. Rows without a label stay on the ray. The teacher must know what "no label" is: pretrained
+    with ``data.label_drop`` above 0.
 
     Args:
         guidance: w; 1 is the ray itself.
+        guidance_max: as of :class:`TeacherStep`: w drawn per row, and told.
     """
 
     guidance: float = 1.5
+    guidance_max: float | None = None
     kind: ClassVar[str] = "guided"
+
+    def __post_init__(self) -> None:
+        check_strength(self.guidance, self.guidance_max)
 
     def __call__(self, both: Pair, x_t: Samples, teacher: Denoiser | None) -> Samples:
         """``x_r = x_0 + r eps + (w - 1) (1 - r/t) (D_c - D_u)``, ``[b, ...]``."""
         ray = DataRay()(both, x_t, teacher)
-        if self.guidance == 1:
+        if not self.needs_teacher:
             return ray
-        model = require_teacher(teacher)
-        if model.num_classes == 0:
-            raise ConfigError("Guidance needs a class-conditional teacher", got="an unconditional one")
+        model, weight = require_teacher(teacher), self.guidance if both.guidance is None else both.guidance
+        require_condition(model)
         shift = model(x_t, both.t, both.cond) - model(x_t, both.t, None)
-        return ray + expand((self.guidance - 1) * both.gap / both.t, x_t).to(x_t.dtype) * shift
+        return ray + expand((weight - 1) * both.gap / both.t, x_t).to(x_t.dtype) * shift
 
     @property
     def needs_teacher(self) -> bool:
-        return self.guidance != 1
+        return self.guidance != 1 or self.guidance_max is not None
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,20 @@ def posterior_shift(x_0: Samples, x_t: Samples, t: Times, cond: Condition | None
 
 DataBridge: TypeAlias = DataRay | GuidedRay | ReferenceBatch
 """Bridges whose conditional mean is the data's own probability-flow ODE, guided or not."""
+
+
+def check_strength(low: float, high: float | None) -> None:
+    """Refuse a strength of guidance, or a range of them, that is none.
+
+    Raises:
+        ConfigError: with what was given.
+    """
+    if not math.isfinite(low) or (high is not None and not low < high < math.inf):
+        raise ConfigError(
+            "The strengths of guidance are no range",
+            got=f"guidance={low}, guidance_max={high}",
+            want="guidance below guidance_max, both finite; guidance_max=null for one strength",
+        )
 
 
 def require_teacher(teacher: Denoiser | None) -> Denoiser:

@@ -25,6 +25,7 @@ class Pair:
         t, r, gap: ``[b]``, with ``gap = t - r`` computed without cancellation.
         rows: which rows have r > 0, int64; only they enter the network a second time.
         low: which rows have a low t, int64, for :class:`fewstep.objectives.anchor.Anchor`; None if nobody asked.
+        guidance: strengths w ``[b]`` that bridge, student and target are told; None where they are told none.
     """
 
     x_0: Samples
@@ -35,6 +36,7 @@ class Pair:
     rows: Tensor
     cond: Condition | None = None
     low: Tensor | None = None
+    guidance: Times | None = None
 
     @property
     def x_t(self) -> Samples:
@@ -73,15 +75,16 @@ def make_pair(
     gap: Times,
     cond: Condition | None = None,
     low: float | None = None,
+    guidance: Times | None = None,
 ) -> Pair:
-    """The pair of host times ``t, r, gap [b]``.
+    """The pair of host times ``t, r, gap [b]``, and of host strengths of guidance.
 
     Which rows have r = 0, and which have t < ``low``, is decided here, without asking the device.
     """
     rows = rows_where(r > 0, x_0)
     lowest = None if low is None else rows_where(t < low, x_0)
     t, r, gap = (to_device(v, x_0) for v in (t, r, gap))
-    return Pair(x_0, eps, t, r, gap, rows, cond, lowest)
+    return Pair(x_0, eps, t, r, gap, rows, cond, lowest, None if guidance is None else to_device(guidance, x_0))
 
 
 def rows_where(mask: Tensor, like: Tensor) -> Tensor:
@@ -97,10 +100,10 @@ def predictions(
     Both passes share the dropout masks of ``tape``. The bridge carries x_t to x_r; where r = 0 that is the target.
     """
     x_t = both.x_t
-    out = network_pass(student, x_t, both.t, both.cond, tape and tape.record())
+    out = network_pass(student, x_t, both.t, both.cond, tape and tape.record(), guidance=both.guidance)
     with torch.no_grad():
         x_r = bridge(both, x_t, beside.teacher)
-        return out, target_pass(target, x_r, both.r, both.rows, both.cond, tape)
+        return out, target_pass(target, x_r, both.r, both.rows, both.cond, tape, guidance=both.guidance)
 
 
 @torch.no_grad()
@@ -112,14 +115,15 @@ def target_pass(
     cond: Condition | None,
     tape: DropoutTape | None,
     s: Times | None = None,
+    guidance: Times | None = None,
 ) -> Samples:
     """``sg f(x_r, r)`` on ``rows`` (those with r > 0, int64), ``x_r`` elsewhere."""
     if len(rows) == 0:
         return x_r
     if len(rows) == len(x_r):
-        return network_pass(target, x_r, r, cond, tape and tape.replay(), s)
-    some_cond, some_s = (None if v is None else v[rows] for v in (cond, s))
-    out = network_pass(target, x_r[rows], r[rows], some_cond, tape and tape.replay(rows), some_s)
+        return network_pass(target, x_r, r, cond, tape and tape.replay(), s, guidance)
+    cond, s, guidance = (None if v is None else v[rows] for v in (cond, s, guidance))
+    out = network_pass(target, x_r[rows], r[rows], cond, tape and tape.replay(rows), s, guidance)
     return x_r.index_copy(0, rows, out)
 
 
@@ -130,10 +134,10 @@ def network_pass(
     cond: Condition | None,
     tape: DropoutTape | None,
     s: Times | None = None,
+    guidance: Times | None = None,
 ) -> Samples:
-    """``f(x_t, t)``, or ``g(x_t, t, s)``, with the dropout masks of an open ``tape``."""
-    landing = () if s is None else (s,)
+    """``f(x_t, t)``, or ``g(x_t, t, s)``, of a network told w or not, with the dropout masks of an open ``tape``."""
     if tape is None:
-        return network(x_t, t, cond, *landing)
+        return network(x_t, t, cond, s, guidance)
     with tape:
-        return network(x_t, t, cond, *landing)
+        return network(x_t, t, cond, s, guidance)

@@ -48,6 +48,14 @@ class Sequence(Objective):
         return self.then.two_time
 
     @property
+    def guides(self) -> bool:
+        return self.first.guides or self.then.guides
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        return self.then.guidance_range
+
+    @property
     def features(self) -> str | None:
         return self.first.features or self.then.features
 
@@ -77,6 +85,12 @@ class Sequence(Objective):
                 "The first objective tells the student where to land, and the second one does not",
                 got=f"{self.first.kind}, then {self.then.kind}",
                 do="Choose two that land at 0, or two that land on segments",
+            )
+        if self.first.guidance_range not in (None, self.then.guidance_range):
+            raise ConfigError(
+                "The first objective tells the student other strengths of guidance than the second one",
+                got=f"{self.first.guidance_range}, then {self.then.guidance_range}",
+                do="Set the same objective.first.bridge.guidance_max and objective.then.bridge.guidance_max",
             )
         for part in (self.first, self.then):
             if part.extra(student) is not None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
+from fewstep.guidance import require_condition
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom
 from fewstep.objectives.bridges import DataRay, GuidedRay, ReferenceBatch
 from fewstep.objectives.couplings import Independent
@@ -29,6 +30,11 @@ class TwoPoint(Objective):
         return self.bridge.needs_teacher or self.levers.needs_teacher
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        high = getattr(self.bridge, "guidance_max", None)
+        return None if high is None else (getattr(self.bridge, "guidance", 1.0), high)
+
+    @property
     def features(self) -> str | None:
         return self.levers.features
 
@@ -36,17 +42,13 @@ class TwoPoint(Objective):
         return self.levers.extra(student)
 
     def prepare(self, student: Denoiser) -> Objective:
-        """Refuse a guidance without classes, and a coupling where the bridge needs independent noise.
+        """Refuse a guidance without conditions, and a coupling where the bridge needs independent noise.
 
         Raises:
             ConfigError: with the remedy.
         """
-        if getattr(self.bridge, "guidance", 1.0) != 1 and not student.num_classes:
-            raise ConfigError(
-                "Guidance needs a class-conditional model",
-                got="an unconditional one",
-                do="Set objective.bridge.guidance=1",
-            )
+        if self.guides:
+            require_condition(student, do="Set objective.bridge.guidance=1 objective.bridge.guidance_max=null")
         if isinstance(self.bridge, ReferenceBatch | GuidedRay) and not isinstance(self.levers.coupling, Independent):
             raise ConfigError(
                 f"The bridge '{self.bridge.kind}' is only right for noise that is independent of the image",
@@ -54,6 +56,13 @@ class TwoPoint(Objective):
                 do="Choose one of the two: objective.bridge.kind=data, or objective.levers.coupling.kind=independent",
             )
         return self
+
+    def strengths(self, random: StepRandom) -> Times | None:
+        """A strength of guidance per row, float64 ``[b]`` on the host; None where the student is not told it."""
+        if self.guidance_range is None:
+            return None
+        low, high = self.guidance_range
+        return low + (high - low) * random.uniform("guidance")
 
     def gap_loss(
         self, student: Denoiser, target: Denoiser, both: Pair, tape: DropoutTape | None, beside: Beside
@@ -80,7 +89,9 @@ class Neighbours(TwoPoint):
         """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
         t, r = self.neighbours(student, progress, random.uniform("times"))
         eps, cost = self.levers.noise(batch, random, beside)
-        return LossOutput(plus(self.loss_at(student, batch.x, t, r, eps, batch.cond, random.tape(), beside), cost))
+        told = self.strengths(random)
+        loss = self.loss_at(student, batch.x, t, r, eps, batch.cond, random.tape(), beside, told)
+        return LossOutput(plus(loss, cost))
 
     def loss_at(
         self,
@@ -92,9 +103,10 @@ class Neighbours(TwoPoint):
         cond: Tensor | None = None,
         tape: DropoutTape | None = None,
         beside: Beside = ALONE,
+        guidance: Times | None = None,
     ) -> PerSample:
-        """The loss at explicit host times ``t > r >= 0 [b]``, float64, and noise ``eps [b, ...]``."""
-        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low)
+        """The loss at explicit host times ``t > r >= 0 [b]``, noise ``eps [b, ...]`` and strengths of guidance."""
+        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low, guidance)
         return self.gap_loss(student, self.target_of(student, beside), both, tape, beside)
 
 
@@ -112,7 +124,8 @@ class Tightening(TwoPoint):
         t = draw_times(self.law, student, random)
         eps, cost = self.levers.noise(batch, random, beside)
         ratio = self.schedule.ratio(progress)
-        loss = self.loss_at(student, batch.x, t, eps, ratio, batch.cond, random.tape(), beside)
+        told = self.strengths(random)
+        loss = self.loss_at(student, batch.x, t, eps, ratio, batch.cond, random.tape(), beside, told)
         return LossOutput(plus(loss, cost))
 
     def loss_at(
@@ -125,6 +138,7 @@ class Tightening(TwoPoint):
         cond: Tensor | None = None,
         tape: DropoutTape | None = None,
         beside: Beside = ALONE,
+        guidance: Times | None = None,
     ) -> PerSample:
         """The loss at explicit times, noise and ``ratio = q^a``.
 
@@ -133,9 +147,10 @@ class Tightening(TwoPoint):
             x_0: data ``[b, ...]``; eps: noise of the same shape.
             t: times ``[b]`` on the host: which rows have r = 0 is decided there, without asking the device.
             tape: shares dropout masks between the two passes; None if the network has no dropout.
+            guidance: strengths w ``[b]`` on the host, where the student is told them.
         """
         r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
-        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low)
+        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low, guidance)
         return self.loss_between(student, both, tape, beside)
 
     def loss_between(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fewstep.ema import AnyEMA, ConstantEMA
 from fewstep.errors import ConfigError
@@ -21,6 +21,7 @@ class DataConfig:
         labels: use the labels of the source where the model is class-conditional.
         label_drop: share of rows whose label is hidden, for guidance later.
         flip: mirror half of the images.
+        cache: folder for what is made of the data once (latents); default: the user's cache.
     """
 
     source: str = "digits"
@@ -30,6 +31,7 @@ class DataConfig:
     labels: bool = True
     label_drop: float = 0.0
     flip: bool = False
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         _require(0 <= self.label_drop <= 1, "data.label_drop must lie in [0, 1]", self.label_drop)
@@ -43,12 +45,14 @@ class ModelConfig:
         backbone: a name in BACKBONES.
         kwargs: its arguments; sample_shape and num_classes come from the data.
         conditional: give it the labels.
-        sigma_data: standard deviation of the data in model space.
+        vae: for a model of latents: a folder with a VAE, or of a pipeline that has one (diffusers).
+        sigma_data: standard deviation of the data in model space (of latents scaled as diffusers does: about 1).
     """
 
     backbone: str = "unet"
     kwargs: dict[str, Any] = field(default_factory=dict)
     conditional: bool = False
+    vae: str | None = None
     sigma_data: float = 0.5
     sigma_max: float = 80.0
 
@@ -65,8 +69,10 @@ class StudentConfig:
         start: "teacher" copies its weights; "fresh" starts its architecture from seeded weights (cold start); else the
             path of a model or run of that architecture, for example one that was mid-trained with cmt.
         dropout: probability in every dropout layer while tuning; None keeps the teacher's.
-        dropout_max_resolution: change only layers that act at this resolution or below (EDM2 recipes: 16).
+        dropout_max_resolution: no dropout in layers that act above this resolution (EDM2 recipes: 16).
         boundary_shift: of the tuned model at evaluation (ECT's public code: 0.003).
+        freeze: patterns of parameters or parts that stay as they are, ``[enc, "*.norm*"]``; whole parts run without
+            dropout.
         sampler_times: step count -> noise levels that the tuned model carries ("2": [80, 0.821]).
     """
 
@@ -74,6 +80,7 @@ class StudentConfig:
     dropout: float | None = None
     dropout_max_resolution: int | None = None
     boundary_shift: float = 0.0
+    freeze: tuple[str, ...] = ()
     sampler_times: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,6 +88,33 @@ class StudentConfig:
         _require(
             0 <= self.boundary_shift < math.inf, "student.boundary_shift must not be negative", self.boundary_shift
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Train low-rank adapters ``W + scale B A`` instead of the network; the teacher is the network without them.
+
+    Moving averages average A and B, not their product.
+
+    Args:
+        rank: of the adapters.
+        alpha: ``scale = alpha / rank``; None is the rank itself, scale 1.
+        targets: patterns of the Linear and Conv2d layers that get one, ``[attention, qkv]``; "all" is every one.
+        stabilised: ``scale = alpha / sqrt(rank)`` (rsLoRA).
+        merge: write ``model/`` with the adapter merged, beside ``adapter/``.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("all",)
+    stabilised: bool = False
+    merge: bool = True
+    kind: ClassVar[str] = "lora"
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "The rank of an adapter must be at least 1", f"adapter.rank={self.rank}")
+        _require(self.alpha is None or 0 < self.alpha < math.inf, "adapter.alpha must be positive", self.alpha)
+        _require(bool(self.targets), "An adapter needs layers to adapt", "adapter.targets=[]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +129,8 @@ class OptimConfig:
         decay_images, decay_share: of the schedules above.
         warmup_images: linear warm-up from 0.
         clip: largest gradient norm; None for none.
+        lr_scale: pattern -> factor on the learning rate of the parameters it means, ``{enc: 0.1, lora_B: 16}``; several
+            factors multiply.
         guard: what is done about non-finite gradients: "stop" (nothing is hidden: the run stops), "clamp"
             (nan -> 0, +-inf -> +-1e5: ECT's CIFAR-10 code) or "zero" (all -> 0: its ImageNet code). A non-finite loss
             always stops.
@@ -110,6 +146,7 @@ class OptimConfig:
     decay_share: float = 0.3
     warmup_images: int = 0
     clip: float | None = None
+    lr_scale: dict[str, Any] = field(default_factory=dict)
     guard: Literal["stop", "clamp", "zero"] = "stop"
 
     def __post_init__(self) -> None:
@@ -122,6 +159,11 @@ class OptimConfig:
             self.decay_images >= 1 and 0 < self.decay_share <= 1,
             "The decay of the learning rate must cover some images",
             (self.decay_images, self.decay_share),
+        )
+        _require(
+            all(isinstance(f, int | float) and 0 < f < math.inf for f in self.lr_scale.values()),
+            "The factors of optim.lr_scale must be positive numbers (to keep parameters as they are: student.freeze)",
+            self.lr_scale,
         )
         _require(self.warmup_images >= 0, "optim.warmup_images must not be negative", self.warmup_images)
 
@@ -163,12 +205,14 @@ class EvalConfig:
         samples: per row; 0 for no table.
         steps: of the tuned model; teacher_nfe: of the teacher's solver.
         features: a feature net (see ``fewstep eval --help``); "auto" is pixels up to 256 values, else pca:64.
+        data: a SOURCE to compare with, seen as the training data are; None is these.
     """
 
     samples: int = 2_000
     steps: tuple[int, ...] = (1, 2, 4, 8)
     teacher_nfe: tuple[int, ...] = (1, 2, 4, 8, 35)
     features: str = "auto"
+    data: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +223,7 @@ class RunConfig:
         job: "tune" or "pretrain".
         images: training images in total.
         batch_size: global, over all processes; micro_batch: per pass and process, None for all at once.
+        adapter: train adapters instead of the network (``--set adapter.kind=lora``); None trains the network.
         emas: moving averages; the first one is the model that comes out.
         precision: "fp32", "tf32" (CUDA) or "bf16" autocast.
         note: shown by ``fewstep recipes`` and in the report, for example "not measured here".
@@ -196,6 +241,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    adapter: LoRA | None = None
     objective: Objective = field(default_factory=ECT)
     optim: OptimConfig = field(default_factory=OptimConfig)
     emas: tuple[AnyEMA, ...] = (ConstantEMA(0.9999),)
@@ -210,10 +256,34 @@ class RunConfig:
             "micro_batch must be at least 1 (or null for the whole batch)",
             self.micro_batch,
         )
+        self._require_base()
         if not self.emas:
             raise ConfigError(
                 "A run needs at least one moving average", got="emas: []", do="Set emas: [{kind: constant, beta: 0}]"
             )
+
+    def _require_base(self) -> None:
+        """What is kept as it is must be worth keeping, and is said in one way."""
+        if self.adapter is None and not self.student.freeze:
+            return
+        _require(self.job == "tune", "Adapters and freezing are for tuning a trained network", f"job: {self.job}")
+        _require(
+            self.student.start != "fresh",
+            "A fresh network has nothing to keep, so it takes no adapter and is not frozen",
+            "student.start=fresh",
+        )
+        _require(
+            self.adapter is None or not self.student.freeze,
+            "An adapter freezes the whole network already: choose where it acts with adapter.targets",
+            f"student.freeze={list(self.student.freeze)}",
+        )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What the end of the run leaves of the trained network: ``model``, ``adapter`` or both."""
+        if self.adapter is None:
+            return ("model",)
+        return ("model", "adapter") if self.adapter.merge else ("adapter",)
 
     @property
     def steps(self) -> int:

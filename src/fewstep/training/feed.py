@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.data import Source
 from fewstep.data.codec import encode
 from fewstep.data.order import indices_at
+from fewstep.data.sources import conditions_of
 from fewstep.denoiser import Denoiser
 from fewstep.randomness import Streams
 from fewstep.training.config import DataConfig
@@ -22,7 +23,7 @@ class Feed:
 
     Args:
         source: the data.
-        model: gives value range, label count and device.
+        model: gives value range, form of the conditions and device.
         config: label dropping and mirroring.
         seed: of the data order.
     """
@@ -30,6 +31,8 @@ class Feed:
     def __init__(self, source: Source, model: Denoiser, config: DataConfig, seed: int) -> None:
         self._source, self._model, self._config = source, model, config
         self._seed, self._streams = seed, Streams(seed)
+        nothing = model.condition(None, 1)
+        self._nothing = torch.zeros(0) if nothing is None else nothing.detach().float().cpu()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fewstep-feed")
         self._next: tuple[range, Future[tuple[Tensor, Tensor | None]]] | None = None
 
@@ -63,11 +66,18 @@ class Feed:
         return x, self._labels(index, where)
 
     def _labels(self, index: np.ndarray, where: Tensor) -> Tensor | None:
-        if self._model.num_classes == 0 or self._source.labels is None:
-            return None
-        labels = torch.from_numpy(self._source.labels[index])
-        one_hot = torch.nn.functional.one_hot(labels, self._model.num_classes).float()
-        if self._config.label_drop > 0:
+        """Packed rows for samples ``index``; those that are dropped say nothing, in the model's way."""
+        rows = self._rows(index)
+        if rows is not None and self._config.label_drop > 0:
             kept = self._streams.uniform("label_drop", where) >= self._config.label_drop
-            one_hot = one_hot * kept[:, None]
-        return one_hot
+            rows = torch.where(kept[:, None], rows, self._nothing)
+        return rows
+
+    def _rows(self, index: np.ndarray) -> Tensor | None:
+        """What is said of samples ``index``: embedded captions, or one-hot classes; None where nothing is."""
+        embedded, classes = conditions_of(self._source), self._model.num_classes
+        if self._model.conditioning.parts and embedded is not None:
+            return embedded.read(index)
+        if classes == 0 or self._source.labels is None:
+            return None
+        return torch.nn.functional.one_hot(torch.from_numpy(self._source.labels[index]), classes).float()

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fewstep.backbones.lora import merged
+from fewstep.checkpoint.adapter import save_adapter
 from fewstep.checkpoint.model import save_model
 from fewstep.checkpoint.store import file_hash, write_json
 from fewstep.data import Source
+from fewstep.data.latents import LatentSource, pictures_of
 from fewstep.denoiser import Denoiser
 from fewstep.evaluation.evaluate import draw_labels, evaluate, open_reference, to_host
 from fewstep.evaluation.features import FeatureNet
@@ -22,24 +25,30 @@ from fewstep.evaluation.neighbours import NEAREST, Neighbours, find_neighbours
 from fewstep.evaluation.record import TEACHER, TUNED, write_record
 from fewstep.evaluation.report import Picture, report_run, step_dial_png
 from fewstep.sampling import ode_sample_nfe, possible_among, sample
+from fewstep.training.frozen import base_path
 from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory
+from fewstep.training.synthetic import compared_with, origin, standing
 from fewstep.training.trainer import Trainer
 
 
 def finish(
     trainer: Trainer, teacher: Denoiser | None, run: Path, watcher: Watcher, command: str
 ) -> dict[str, Any] | None:
-    """Write ``model/``, evaluate model and teacher, write ``results.json`` and what the report needs, draw it."""
+    """Write ``model/`` (and ``adapter/``), evaluate model and teacher, write ``results.json`` and the report."""
     config = trainer.config
-    model = trainer.averages[0]
+    model = merged(trainer.averages[0])
     provenance = {
         "recipe": config.recipe,
         "teacher": config.teacher,
         "data": trainer.source.name,
         "images": trainer.images_seen,
     }
-    save_model(model, run / "model", provenance)
-    watcher.saved(run / "model")
+    if "adapter" in config.models:
+        save_adapter(trainer.averages[0], run / "adapter", base_path(config))
+        watcher.saved(run / "adapter")
+    if "model" in config.models:
+        save_model(model, run / "model", provenance)
+        watcher.saved(run / "model")
     pictures: list[Picture] = []
     results, net = None, None
     if config.eval.samples > 0:
@@ -50,11 +59,11 @@ def finish(
         pictures += [_picture(trainer, TUNED, model, "consistency", n) for n in possible_among(model, GRID_STEPS)]
     write_record(
         run,
-        facts=_facts(trainer),
+        facts=_facts(trainer, teacher),
         command=with_seed(command, config.seed),
         environment=environment(trainer.world.device),
         pictures=pictures,
-        reference=_real(trainer.source, config.output.grid),
+        reference=_real(_pictured(trainer), config.output.grid),
         neighbours=_neighbours(trainer, pictures, net),
     )
     record = report_run(run)
@@ -70,7 +79,8 @@ def _evaluate(
 ) -> tuple[dict[str, Any], FeatureNet]:
     """Results and pictures of the teacher's solver and of the tuned model (or of the pretrained one alone)."""
     config, out = trainer.config, {}
-    reference = open_reference(trainer.source, config.eval.features, split=config.data.split, device=model.device)
+    compared = pictures_of(compared_with(config, trainer.source), model.codec)
+    reference = open_reference(compared, config.eval.features, split=config.data.split, device=model.device)
     tuning = config.job == "tune"
     diffusion = teacher.to(model.device) if teacher is not None else None if tuning else model
     jobs = [(TEACHER, diffusion, "ode", config.eval.teacher_nfe)] if diffusion is not None else []
@@ -95,7 +105,13 @@ def _picture(trainer: Trainer, name: str, denoiser: Denoiser, solver: str, nfe: 
         if solver == "ode"
         else sample(denoiser, n, steps=nfe, seed=seed, cond=cond)
     )
-    return Picture(name, nfe, to_host(denoiser, run, trainer.source.is_images))
+    return Picture(name, nfe, to_host(denoiser, run))
+
+
+def _pictured(trainer: Trainer) -> Source:
+    """The data as it is measured and shown: of a model of latents, the images."""
+    source = standing(trainer.source, trainer.config.eval.samples or trainer.config.output.grid)
+    return pictures_of(source, trainer.student.codec)
 
 
 def _real(source: Source, n: int) -> torch.Tensor:
@@ -107,17 +123,23 @@ def _neighbours(trainer: Trainer, pictures: list[Picture], net: FeatureNet | Non
     """Of the tuned model's samples with the fewest steps; of a pretrained model's with the most."""
     tuned = [picture for picture in pictures if picture.model == TUNED]
     shown = min(tuned, key=lambda p: p.nfe) if tuned else max(pictures, key=lambda p: p.nfe, default=None)
-    if shown is None or not trainer.source.is_images or len(trainer.source) <= NEAREST:
+    source = _pictured(trainer)
+    if shown is None or not source.is_images or len(source) <= NEAREST:
         return None
-    return find_neighbours(shown.images, trainer.source, net, device=trainer.world.device)
+    return find_neighbours(shown.images, source, net, device=trainer.world.device)
 
 
-def _facts(trainer: Trainer) -> dict[str, Any]:
+def _facts(trainer: Trainer, teacher: Denoiser | None) -> dict[str, Any]:
     """What config.yaml does not say about the run."""
+    source = _pictured(trainer)
+    latents = trainer.source.moments if isinstance(trainer.source, LatentSource) else None
     return {
         "images_seen": trainer.images_seen,
         "parameters": sum(p.numel() for p in trainer.student.parameters()),
-        "dataset": {"count": len(trainer.source), "shape": [int(side) for side in trainer.source.shape]},
+        "trained": sum(p.numel() for p in trainer.student.parameters() if p.requires_grad),
+        "dataset": {"count": len(trainer.source), "shape": [int(side) for side in source.shape]},
+        "origin": origin(trainer.source, teacher),
+        "latents": None if latents is None else {"mean": latents[0], "std": latents[1]},
         "processes": trainer.world.size,
         "peak_memory": peak_memory(trainer.world.device),
         "teacher": known_of(Path(trainer.config.teacher)) if trainer.config.teacher else {},

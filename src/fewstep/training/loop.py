@@ -22,6 +22,7 @@ from fewstep.errors import FewstepError, Interrupted, Preempted
 from fewstep.evaluation.evaluate import draw_labels, to_host
 from fewstep.evaluation.pictures import save_points
 from fewstep.evaluation.record import read_history
+from fewstep.evaluation.samples import makes_images
 from fewstep.sampling import possible_among, sample
 from fewstep.training.state import save_state
 from fewstep.training.trainer import StepReport, Trainer
@@ -31,6 +32,12 @@ GRID_STEPS = (1, 2)
 
 class Watcher:
     """Is told how a run proceeds; the base class says nothing. The command line's draws a progress bar."""
+
+    def preparing(self, what: str, done: int, total: int) -> None:
+        """Something is made of the data, once: latents."""
+
+    def noted(self, text: str) -> None:
+        """A sentence for the user."""
 
     def started(self, trainer: Trainer, run: Path) -> None:
         """Training begins or continues."""
@@ -116,9 +123,9 @@ def draw_grid(trainer: Trainer, model: Denoiser, steps: int, path: Path) -> Path
     """One picture of ``output.grid`` samples."""
     n = trainer.config.output.grid
     cond = draw_labels(model, trainer.source, n, trainer.config.seed)
-    x = to_host(model, sample(model, n, steps=steps, seed=trainer.config.seed, cond=cond), trainer.source.is_images)
+    x = to_host(model, sample(model, n, steps=steps, seed=trainer.config.seed, cond=cond))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if trainer.source.is_images:
+    if makes_images(model):
         save_grid(path, x)
     else:
         save_points(path, x)

@@ -10,13 +10,31 @@ from torch import Tensor, nn
 from fewstep.errors import CheckpointError
 from fewstep.training.config import OptimConfig
 from fewstep.types import Progress
+from fewstep.weights import chosen, means
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over all trainable parameters of ``module``."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    """The optimiser over all trainable parameters of ``module``; a group per ``factor`` on the learning rate.
+
+    Raises:
+        ConfigError: a pattern of ``lr_scale`` means no parameter that is trained.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for pattern in config.lr_scale:
+        chosen([pattern], trained, "optim.lr_scale")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        factor = math.prod(float(f) for pattern, f in config.lr_scale.items() if means(pattern, name))
+        groups.setdefault(factor, []).append(parameter)
     kind = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    parts = [{"params": parameters, "lr": config.lr * factor, "factor": factor} for factor, parameters in groups.items()]
+    return kind(parts, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The base learning rate times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def learning_rate(config: OptimConfig, progress: Progress) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.objectives import StepRandom
 from fewstep.randomness import Streams
 from fewstep.training.feed import Feed
+from fewstep.training.frozen import storage_bytes
 from fewstep.training.trainer import Trainer, autocast, train_mode
 from fewstep.types import Progress
 from fewstep.world import World
@@ -23,10 +24,11 @@ class Plan:
     """Predictions for one process; bytes and seconds.
 
     ``activations`` are the tensors that autograd keeps for one pass of ``micro_batch`` images; ``memory``
-    adds weights, gradients, optimiser state and averages. ``seconds`` is for training alone.
+    adds weights (shared ones once), gradients, optimiser state and averages. ``seconds`` is for training alone.
     """
 
     parameters: int
+    trained: int
     steps: int
     weights: int
     gradients: int
@@ -59,13 +61,16 @@ def plan(trainer: Trainer, *, budget: float = 20.0) -> Plan:
     micro = min(config.micro_batch or share, share)
     per_image = activation_bytes(trainer) / PROBE_IMAGES
     rate = _measure(trainer, micro, budget)
-    averages = size * (len(config.emas) + len(beside.companions))
-    teacher = 0 if beside.teacher is None else sum(p.nbytes for p in beside.teacher.parameters())
-    checkpoint = 2 * trained + size + averages
+    weights = storage_bytes([student] if beside.teacher is None else [student, beside.teacher])
+    followers = [*trainer.averages, *beside.companions.values()]
+    own = sum(p.nbytes for name, p in student.backbone.named_parameters() if name not in trainer.frozen)
+    averages = own * len(followers)
+    checkpoint = 2 * trained + own + averages
     return Plan(
         parameters=sum(p.numel() for p in student.parameters()),
+        trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
         steps=config.steps,
-        weights=size + teacher,
+        weights=weights,
         gradients=trained,
         optimizer=2 * trained,
         averages=averages,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.checkpoint.adapter import other_base
 from fewstep.checkpoint.averages import save_averages
 from fewstep.checkpoint.model import KIND as MODEL_KIND
 from fewstep.checkpoint.model import describe, latest_checkpoint
@@ -21,8 +22,10 @@ from fewstep.checkpoint.store import (
     write_text,
 )
 from fewstep.config import to_dict
+from fewstep.denoiser import Denoiser
 from fewstep.ema import PowerEMA
 from fewstep.errors import CheckpointError
+from fewstep.training.frozen import base_path
 from fewstep.training.optim import optimizer_tensors, restore_optimizer
 from fewstep.training.trainer import Trainer
 from fewstep.weights import load_weights
@@ -33,19 +36,20 @@ KIND = "fewstep-checkpoint"
 def save_state(trainer: Trainer, run: Path) -> Path:
     """Write ``checkpoints/images-XXXXXXXXX`` atomically, point ``latest`` to it, drop the oldest beyond ``keep``.
 
-    Only the leading process writes. A checkpoint with non-finite history is never written.
+    Of what the run leaves as it is, only the hash is in it, and where it is from. Only the leading process writes. A
+    checkpoint with non-finite history is never written.
     """
     path = run / "checkpoints" / f"images-{trainer.images_seen:09d}"
     sums = trainer.world.mean(trainer.sums)
     if trainer.world.leads:
         with new_directory(path) as directory:
             student = trainer.student
-            write_json(directory / "model.json", describe(student))
-            write_tensors(directory / "student.safetensors", student.backbone.state_dict())
+            write_json(directory / "model.json", describe(student) | trainer.base_record)
+            write_tensors(directory / "student.safetensors", _trained(trainer, student))
             for k, average in enumerate(trainer.averages):
-                write_tensors(directory / f"ema-{k}.safetensors", average.backbone.state_dict())
+                write_tensors(directory / f"ema-{k}.safetensors", _trained(trainer, average))
             for name, companion in trainer.beside.companions.items():
-                write_tensors(directory / f"companion-{name}.safetensors", companion.backbone.state_dict())
+                write_tensors(directory / f"companion-{name}.safetensors", _trained(trainer, companion))
             if trainer.beside.extra is not None:
                 write_tensors(directory / "extra.safetensors", trainer.beside.extra.state_dict())
             write_tensors(directory / "optimizer.safetensors", optimizer_tensors(trainer.trained, trainer.optimizer))
@@ -62,7 +66,7 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     """Continue from the newest checkpoint of ``run``.
 
     Raises:
-        CheckpointError: it is damaged, of another version, or was made with other data.
+        CheckpointError: it is damaged, of another version, or was made with other data or another base.
     """
     path = latest_checkpoint(run)
     record = read_json(path / "state.json", KIND)
@@ -72,13 +76,13 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
             got=f"fingerprint {trainer.source.fingerprint[:12]} of {trainer.source.name}",
             want=f"fingerprint {str(record['data'])[:12]}",
         )
-    read_json(path / "model.json", MODEL_KIND)
-    student = trainer.student
-    load_weights(student.backbone, read_tensors(path / "student.safetensors"), str(path))
-    for k, average in enumerate(trainer.averages):
-        load_weights(average.backbone, read_tensors(path / f"ema-{k}.safetensors"), str(path))
-    for name, companion in trainer.beside.companions.items():
-        load_weights(companion.backbone, read_tensors(path / f"companion-{name}.safetensors"), str(path))
+    description = read_json(path / "model.json", MODEL_KIND)
+    if description.get("base") != trainer.base_record.get("base"):
+        raise other_base(str(path), base_path(trainer.config))
+    files = {"student": trainer.student} | {f"ema-{k}": average for k, average in enumerate(trainer.averages)}
+    files |= {f"companion-{name}": companion for name, companion in trainer.beside.companions.items()}
+    for name, network in files.items():
+        load_weights(network.backbone, read_tensors(path / f"{name}.safetensors"), str(path), but=trainer.frozen)
     if trainer.beside.extra is not None:
         load_weights(trainer.beside.extra, read_tensors(path / "extra.safetensors"), str(path))
     optimizer = path / "optimizer.safetensors"
@@ -91,7 +95,12 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
 def _power_averages(trainer: Trainer) -> dict[float, dict[str, Tensor]]:
     """Relative width -> weights, of the averages that can be rebuilt at other widths."""
     pairs = zip(trainer.config.emas, trainer.averages, strict=True)
-    return {law.std: average.backbone.state_dict() for law, average in pairs if isinstance(law, PowerEMA)}
+    return {law.std: _trained(trainer, average) for law, average in pairs if isinstance(law, PowerEMA)}
+
+
+def _trained(trainer: Trainer, network: Denoiser) -> dict[str, Tensor]:
+    """The tensors of a network that the run does not leave as they are."""
+    return {name: tensor for name, tensor in network.backbone.state_dict().items() if name not in trainer.frozen}
 
 
 def _record(trainer: Trainer) -> dict[str, object]:

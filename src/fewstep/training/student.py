@@ -8,22 +8,27 @@ from dataclasses import replace
 import torch
 
 from fewstep.backbones import build
+from fewstep.backbones.guided import GuidanceTold, with_guidance
 from fewstep.backbones.two_time import with_landing
 from fewstep.checkpoint.model import load
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
 from fewstep.sampling import check_times
 from fewstep.training.config import RunConfig
+from fewstep.training.frozen import keeps_base, tuned_copy
 
 
 def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
-    """An independent copy of the teacher, or another start of its network, prepared as the configuration asks.
+    """A copy of the teacher, or another start of its network, prepared as the configuration asks.
+
+    It owns its weights, but for those that an adapter or ``student.freeze`` leaves as they are.
 
     Raises:
-        ConfigError, CheckpointError: ``student.start`` is no such start.
+        ConfigError, CheckpointError: ``student.start`` is no such start, or what is to be trained cannot be.
     """
     start = config.student.start
-    student = teacher.clone() if start in ("teacher", "fresh") else _like(load(start), teacher)
+    base = teacher if start in ("teacher", "fresh") else _like(load(start), teacher)
+    student = tuned_copy(base, config) if keeps_base(config) else base.clone()
     if start == "fresh":
         student.backbone = _fresh(teacher, config.seed)
     if not any(p.requires_grad for p in student.parameters()):
@@ -36,12 +41,12 @@ def make_student(teacher: Denoiser, config: RunConfig) -> Denoiser:
 
 def _like(start: Denoiser, teacher: Denoiser) -> Denoiser:
     """The model to start from, on the teacher's device, if it makes what the teacher makes."""
-    same = (start.sample_shape, start.num_classes) == (teacher.sample_shape, teacher.num_classes)
+    same = (start.sample_shape, start.conditioning) == (teacher.sample_shape, teacher.conditioning)
     if not same or start.sigma_data != teacher.sigma_data:
         raise ConfigError(
             "The model that the student starts from is not of the teacher's kind",
-            got=f"samples {start.sample_shape}, {start.num_classes} classes, sigma_data {start.sigma_data}",
-            want=f"samples {teacher.sample_shape}, {teacher.num_classes} classes, sigma_data {teacher.sigma_data}",
+            got=f"samples {start.sample_shape}, {start.conditioning}, sigma_data {start.sigma_data}",
+            want=f"samples {teacher.sample_shape}, {teacher.conditioning}, sigma_data {teacher.sigma_data}",
         )
     return start.to(teacher.device)
 
@@ -68,6 +73,14 @@ def equip(student: Denoiser, config: RunConfig) -> Denoiser:
     objective, configured = config.objective, _sampler_times(config, student)
     if objective.two_time:
         student = with_landing(student, seed=config.seed)
+    if objective.guidance_range is not None:
+        student = with_guidance(student, *objective.guidance_range, seed=config.seed)
+    elif isinstance(student.backbone, GuidanceTold):
+        raise ConfigError(
+            "The model that the student starts from is told its strength of guidance, and this objective says none",
+            got=f"the objective '{objective.kind}', without a range of strengths",
+            do="Give it a range: --set objective.bridge.guidance=1 objective.bridge.guidance_max=3",
+        )
     sampler, times = objective.sampler(student)
     if sampler == "jump" and not objective.two_time:
         _require_one_time(student, objective.kind, configured)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fewstep import ema
+from fewstep.checkpoint.adapter import describe_base
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, NonFiniteError
@@ -22,8 +24,10 @@ from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.training.config import RunConfig, StudentConfig
 from fewstep.training.feed import Feed
-from fewstep.training.optim import learning_rate, make_optimizer, sanitise
+from fewstep.training.frozen import base_path, frozen_names, resting_parts, sharing_copy
+from fewstep.training.optim import learning_rate, make_optimizer, sanitise, set_learning_rate
 from fewstep.types import Batch, Progress
+from fewstep.weights import tensors_of
 from fewstep.world import World
 
 
@@ -41,7 +45,8 @@ class Trainer:
 
     Args:
         config: the whole configuration.
-        student: the network to train, on ``world.device``; trained under the EDM clock.
+        student: the network to train, on ``world.device``; trained under the EDM clock. What the configuration leaves
+            as it is (``frozen``) is one piece of memory for it, its averages and companions.
         source: the data.
         world: the processes.
         teacher: the diffusion model to follow, for objectives that need one; frozen here, in eval mode.
@@ -67,9 +72,11 @@ class Trainer:
         set_dropout(self.student, config.student)
         for parameter in unused_parameters(self.student):
             parameter.requires_grad_(False)
+        self.frozen = frozen_names(self.student.backbone, config)
+        self.resting = resting_parts(self.student.backbone, config, self.frozen)
         after_step(self.student)
         self.objective = config.objective.prepare(self.student)
-        self.averages = [_frozen_copy(self.student) for _ in config.emas]
+        self.averages = [_frozen_copy(self.student, self.frozen) for _ in config.emas]
         self.beside = self._company(teacher, features)
         self.trained = trained_parts(self.student, self.beside.extra)
         self.optimizer = make_optimizer(self.trained, config.optim)
@@ -88,8 +95,9 @@ class Trainer:
         device, objective = self.world.device, self.objective
         frozen = None
         if objective.needs_teacher:
-            frozen = _frozen_copy(_diffusion_model(require_teacher(teacher))).to(device).under(EDM())
-        companions = {name: _frozen_copy(self.student) for name in objective.companions()}
+            model = _diffusion_model(require_teacher(teacher))
+            frozen = _frozen_copy(model, tensors_of(model.backbone)).to(device).under(EDM())
+        companions = {name: _frozen_copy(self.student, self.frozen) for name in objective.companions()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             extra = objective.extra(self.student)
@@ -99,6 +107,15 @@ class Trainer:
     def progress(self) -> Progress:
         """The clock."""
         return Progress(self.images_seen, self.config.images)
+
+    @cached_property
+    def base_record(self) -> dict[str, Any]:
+        """``base``: what a checkpoint says of the tensors that the run leaves as they are; empty without any."""
+        if not self.frozen:
+            return {}
+        backbone = self.student.backbone
+        kept = {name: tensor for name, tensor in backbone.state_dict().items() if name in self.frozen}
+        return {"base": describe_base(backbone, kept, base_path(self.config))}
 
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
@@ -114,8 +131,7 @@ class Trainer:
     def _step(self, feed: Feed) -> StepReport:
         config, start, progress = self.config, self.images_seen, self.progress
         lr = learning_rate(config.optim, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(feed, start, progress)
@@ -148,7 +164,7 @@ class Trainer:
     def _train_mode(self) -> None:
         """Training mode (dropout on) for the student and its companions: they share their dropout masks."""
         for network in (self.student, *self.beside.companions.values()):
-            train_mode(network)
+            train_mode(network, self.resting)
 
     def _backward(self, feed: Feed, start: int, progress: Progress) -> Tensor:
         """Accumulate gradients over this process's share of the global batch; mean loss of the share."""
@@ -221,38 +237,49 @@ def trained_parts(student: Denoiser, extra: nn.Module | None) -> nn.Module:
 
 
 def after_step(student: Denoiser) -> None:
-    """What the network's layers do after every step of the optimiser (EDM2: forced weight normalisation)."""
+    """What the network's layers do after every step of the optimiser (EDM2: forced weight normalisation).
+
+    Not those that are frozen, whose weights are the teacher's memory.
+    """
     for layer in student.backbone.modules():
         act = getattr(layer, "after_step", None)
-        if act is not None:
+        if act is not None and any(p.requires_grad for p in layer.parameters()):
             act()
 
 
 def set_dropout(module: nn.Module, config: StudentConfig) -> None:
     """Give the network's dropout layers the configured probability; None leaves them alone.
 
+    With ``dropout_max_resolution`` only those that act there or below; those above get 0.
+
     Raises:
-        ConfigError: dropout is asked for only below some resolution, which this network's layers do not say.
+        ConfigError: dropout is asked for by resolution, which this network's layers do not say.
     """
     if config.dropout is None:
         return
-    if config.dropout_max_resolution is not None:
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    most = config.dropout_max_resolution
+    if most is not None and not (layers and all(hasattr(layer, "resolution") for layer in layers)):
         raise ConfigError(
-            "This network does not say at which resolution its dropout layers act (EDM2's will, in a later release)",
-            got=f"student.dropout_max_resolution={config.dropout_max_resolution}",
+            "This network does not say at which resolution its dropout layers act (edm, adm and edm2 do)",
+            got=f"student.dropout_max_resolution={most}",
             do="Leave it out: --set student.dropout_max_resolution=null",
         )
-    for layer in module.modules():
-        if isinstance(layer, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-            layer.p = config.dropout
+    for layer in layers:
+        layer.p = config.dropout if most is None or layer.resolution <= most else 0.0
 
 
 def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
-    """Parameters that take no part without augmentation labels (EDM's ``map_augment``, wherever that network is)."""
+    """Parameters that take no part in any loss, wherever that network is.
+
+    They are EDM's ``map_augment``, without augmentation labels, and EDM2's ``logvar_linear``.
+    """
     for module in student.modules():
-        augment = getattr(module, "map_augment", None)
-        if augment is not None:
-            yield from augment.parameters()
+        for name in ("map_augment", "logvar_linear"):
+            part = getattr(module, name, None)
+            if part is not None:
+                yield from part.parameters()
 
 
 def _require_gradients(trained: nn.Module) -> None:
@@ -266,8 +293,8 @@ def _require_gradients(trained: nn.Module) -> None:
         )
 
 
-def train_mode(network: Denoiser) -> None:
-    """Training mode (dropout on), except for batch normalisation, which keeps its statistics.
+def train_mode(network: Denoiser, resting: Collection[str] = ()) -> None:
+    """Training mode (dropout on), except for ``resting`` parts and for batch normalisation, which keeps its statistics.
 
     Two passes per step, over different rows, would mix their statistics in.
     """
@@ -275,6 +302,8 @@ def train_mode(network: Denoiser) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
+    for name in resting:
+        network.backbone.get_submodule(name).eval()
 
 
 @contextmanager
@@ -291,8 +320,9 @@ def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
 
 
-def _frozen_copy(student: Denoiser) -> Denoiser:
-    return student.clone().requires_grad_(False).eval()
+def _frozen_copy(network: Denoiser, frozen: Collection[str]) -> Denoiser:
+    """A network beside the student; its tensors of these names are ``network``'s memory."""
+    return sharing_copy(network, frozen).requires_grad_(False).eval()
 
 
 def _diffusion_model(teacher: Denoiser) -> Denoiser:
@@ -307,12 +337,15 @@ def _diffusion_model(teacher: Denoiser) -> Denoiser:
 
 @torch.no_grad()
 def _follow(follower: Denoiser, followed: Denoiser, beta: float) -> None:
-    """``follower <- beta follower + (1 - beta) followed``; buffers are copied, not averaged."""
+    """``follower <- beta follower + (1 - beta) followed``; buffers are copied, not averaged; what is shared stays."""
     if beta == 1:
         return
-    ema.update(follower.parameters(), followed.parameters(), beta)
+    pairs = zip(follower.parameters(), followed.parameters(), strict=True)
+    own = [(mine, theirs) for mine, theirs in pairs if mine.data_ptr() != theirs.data_ptr()]
+    ema.update([mine for mine, _ in own], [theirs for _, theirs in own], beta)
     for mine, theirs in zip(follower.buffers(), followed.buffers(), strict=True):
-        mine.copy_(theirs)
+        if mine is not theirs:
+            mine.copy_(theirs)
 
 
 def _agree(student: Denoiser, world: World) -> None:
