@@ -248,8 +248,12 @@ def open_run(path: Path) -> Run:
     return Run(path, read_run(path), json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None)
 
 
-def _sizes(backbone: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
-    """What the data says of a network, in that network's words."""
+def _sizes(backbone: str, shape: tuple[int, ...], classes: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the data says of a network, in that network's words; diffusers' have theirs in the config that is given."""
+    if backbone == "diffusers":
+        own = {"sample_size": shape[-1], "in_channels": shape[0], "out_channels": shape[0]}
+        labels = {"num_class_embeds": classes or None, "num_embeds_ada_norm": classes}
+        return {"kind": given.get("kind", "UNet2DModel"), "config": dict(given.get("config") or {}) | own | labels}
     if backbone in ("edm", "adm"):
         return {"img_resolution": shape[-1], "in_channels": shape[0], "out_channels": shape[0], "label_dim": classes}
     if backbone == "edm2":
@@ -264,7 +268,7 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
         raise DataError("A conditional model needs labels, and the data has none", got=source.name)
     codec = None if config.model.vae is None else codec_of(config.model.vae)
     shape = tuple(source.shape) if codec is None else codec.latent_shape(tuple(source.shape))
-    kwargs = config.model.kwargs | _sizes(config.model.backbone, shape, classes)
+    kwargs = config.model.kwargs | _sizes(config.model.backbone, shape, classes, config.model.kwargs)
     spec = {"name": config.model.backbone, "kwargs": kwargs}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -276,10 +280,11 @@ def new_network(config: RunConfig, source: Source) -> Denoiser:
             got=f"model.kwargs={config.model.kwargs}",
             do="Images need unet, dit, edm, adm or edm2, points need mlp: --set model.backbone=mlp",
         ) from error
+    theirs = config.model.backbone == "diffusers"  # whose embeddings of time expect hundreds
     network = Denoiser(
         backbone,
         EDM(),
-        Parametrization("edm", sigma_data=config.model.sigma_data),
+        Parametrization("edm", config.model.sigma_data, "quarter_log_thousand" if theirs else "quarter_log"),
         sample_shape=shape,
         num_classes=classes,
         sigma_max=config.model.sigma_max,

@@ -120,9 +120,7 @@ class Exported:
     def ours(self, levels: list[float], start: float, cond: Tensor | None = None) -> Tensor:
         """fewstep's sampler on the worker's noise, from ``start * T z``; EDM noise levels."""
         noise = self.draws(len(levels))
-        return consistency_sample(
-            self.denoiser.under(EDM()), start * noise[0], levels, lambda k: noise[k], cond
-        )
+        return consistency_sample(self.denoiser.under(EDM()), start * noise[0], levels, lambda k: noise[k], cond)
 
 
 @pytest.fixture(scope="session")

@@ -89,9 +89,7 @@ def test_a_boundary_shift_is_the_scheduler_s_sigma_min(steps: int, exported: Get
 
 
 @pytest.mark.parametrize("steps", STEPS)
-def test_a_network_that_predicts_x_0_loses_its_blend_only(
-    steps: int, exported: Get, theirs: dict[str, Tensor]
-) -> None:
+def test_a_network_that_predicts_x_0_loses_its_blend_only(steps: int, exported: Get, theirs: dict[str, Tensor]) -> None:
     made = exported("x0")
     levels = made.about["levels"][str(steps)]
     found, p = theirs[f"x0-{steps}-told"], made.denoiser.parametrization
@@ -154,9 +152,7 @@ def test_fewstep_loads_it_again(name: str, exported: Get) -> None:
     made = exported(name)
     again, x = fewstep.load(made.folder), made.draws(1)[0]
     for level in (0.5, 20.0):
-        ours, theirs = (
-            d.under(fewstep.EDM())(x * level, level, rows(d)) for d in (made.denoiser, again)
-        )
+        ours, theirs = (d.under(fewstep.EDM())(x * level, level, rows(d)) for d in (made.denoiser, again))
         assert (ours - theirs).abs().max() <= (1e-4 if name == "x0" else 1e-5) * max(1.0, float(ours.abs().max()))
 
 

@@ -30,7 +30,6 @@ from fewstep.training.plan import plan
 from fewstep.training.student import make_student
 from fewstep.training.trainer import StepReport, Trainer
 from fewstep.types import Batch, Progress
-from fewstep.weights import tensors_of
 from fewstep.world import World
 
 pytest.importorskip("peft")
@@ -134,7 +133,9 @@ def test_layers_that_take_an_adapter() -> None:
         network = make(name).backbone
         layers = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         student = make_student(make(name), configured())
-        assert {n.removesuffix(".lora_A") for n, m in student.backbone.named_modules() if n.endswith(".lora_A")} == layers
+        assert {
+            n.removesuffix(".lora_A") for n, m in student.backbone.named_modules() if n.endswith(".lora_A")
+        } == layers
     student = make_student(make("unet"), configured(**{"adapter.targets": ["attention", "embed.sec*"]}))
     adapter = adapter_of(student.backbone)
     assert adapter is not None
@@ -185,7 +186,9 @@ def test_the_loss_is_that_of_a_teacher_of_its_own(objective: str) -> None:
         teacher = make("unet")
         config = configured(objective)
         student = make_student(teacher, config)
-        trainer = make_trainer(config, student, data("unet"), World(0, 1, CPU), teacher.clone() if separate else teacher)
+        trainer = make_trainer(
+            config, student, data("unet"), World(0, 1, CPU), teacher.clone() if separate else teacher
+        )
         with torch.no_grad():  # away from B = 0
             for n, p in trainer.student.backbone.named_parameters():
                 if "lora_B" in n:
@@ -260,7 +263,7 @@ def test_a_checkpoint_holds_what_was_trained(run: Path) -> None:
 
 
 def test_merged_equals_unmerged(run: Path) -> None:
-    """``model/`` is the first average without its adapter; also from the checkpoint, with other averages, and widths."""
+    """``model/`` is the first average without its adapter; also from a checkpoint, with other averages."""
     teacher = fewstep.load(run.parent / "teacher")
     config = fewstep.runs.read_run(run)
     student = make_student(teacher, config)
@@ -435,7 +438,7 @@ def test_merge_on_request(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_tuned_again_from_an_adapter_run(run: Path) -> None:
     """The merged model is a teacher like any other: all of it is trained."""
-    student = make_student(fewstep.load(run), configure("tune", "demo", "ect", SHORT, "digits"))
+    student = make_student(fewstep.load(run, weights="student"), configure("tune", "demo", "ect", SHORT, "digits"))
     assert all(p.requires_grad for p in student.parameters())
 
 

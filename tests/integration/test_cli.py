@@ -109,6 +109,7 @@ def test_help_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture[st
             "pretrain",
             "tune",
             "resume",
+            "merge",
             "sample",
             "eval",
             "dial",

@@ -382,7 +382,9 @@ def test_a_folder_its_network_and_an_open_pipeline_are_the_same(made: Made, tmp_
     pipeline, folder = made("ddim")
     shutil.copytree(folder / "unet", tmp_path / "unet")
     shutil.copy(folder / "scheduler" / "scheduler_config.json", tmp_path / "unet")
+    state = torch.get_rng_state()
     whole, alone, opened = load(folder), load(tmp_path / "unet"), load(pipeline)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing random is left of the first weights
     said = load_diffusers(folder / "unet", scheduler=dict(pipeline.scheduler.config) | {"_class_name": "DDIMScheduler"})
     x = noise(whole, 2)
     for other in (alone, opened, said):

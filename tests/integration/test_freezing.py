@@ -74,7 +74,9 @@ def test_frozen_parts_run_without_dropout(tiny: Denoiser) -> None:
     trainer = trainer_of(tiny, configured(**{"student.freeze": ["down.0", "up.*.block.conv1"]}))
     trainer._train_mode()
     for name, module in trainer.student.backbone.named_modules():
-        rests = name == "down.0" or name.startswith("down.0.") or (name.startswith("up.") and name.endswith("block.conv1"))
+        rests = (
+            name == "down.0" or name.startswith("down.0.") or (name.startswith("up.") and name.endswith("block.conv1"))
+        )
         assert module.training is not rests, name
     train_mode(trainer.student)
     assert trainer.student.backbone.get_submodule("down.0.block.dropout").training
@@ -211,7 +213,9 @@ def test_an_edm2_network_takes_no_adapter_but_freezes() -> None:
     before = bits(teacher)
     frozen = {name for name in before if ".enc." in f".{name}"}
     trainer = trainer_of(teacher, configured(**{"student.freeze": ["enc"]}))
-    norms = {n: float(p.detach().square().mean()) for n, p in trainer.student.backbone.named_parameters() if p.ndim == 4}
+    norms = {
+        n: float(p.detach().square().mean()) for n, p in trainer.student.backbone.named_parameters() if p.ndim == 4
+    }
     assert all(norm == pytest.approx(1, abs=0.1) for name, norm in norms.items() if name not in frozen)
     assert all(norm > 4 for name, norm in norms.items() if name in frozen)
     assert 0 < len(frozen & norms.keys()) < len(norms)

@@ -122,7 +122,7 @@ def test_packaged_sets_are_the_same_at_every_opening(name: str) -> None:
 
 
 def test_the_registry_names_what_open_source_opens() -> None:
-    assert list(SOURCES) == ["digits", "tiles", "gaussians8", "folder", "zip", "npz", "shards"]
+    assert list(SOURCES) == ["digits", "tiles", "gaussians8", "folder", "zip", "npz", "shards", "hf"]
 
 
 @settings(deadline=None, max_examples=30)
@@ -159,7 +159,7 @@ def test_a_misspelt_name_or_path_gets_the_nearest_match(tmp_path: Path) -> None:
         open_source("x" * 5000)
 
 
-@pytest.mark.parametrize("spec", ["hf:ylecun/mnist", "wds:shards-{000..009}.tar"])
+@pytest.mark.parametrize("spec", ["wds:shards-{000..009}.tar"])
 def test_streams_are_not_in_this_version(spec: str) -> None:
     with pytest.raises(
         DataError,

@@ -224,11 +224,16 @@ def test_another_teacher_does_not_go_on(tmp_path: Path) -> None:
 def test_modes_are_as_before(tmp_path: Path) -> None:
     """Dropout is off while samples are made, and on again afterwards where it was on."""
     model = teacher()
-    frozen, model = model.eval().clone(), model.train()
-    model.backbone.module.dropout.eval()  # type: ignore[union-attr,operator]
+    frozen = model.clone()
+    model.train()
+    model.backbone.training = False
+    modes = [module.training for module in model.modules()]
     made = generate(model, tmp_path / "s", 8, nfe=3).read("x", np.arange(8))
     assert torch.equal(made, Sampler(frozen, 3).samples(np.arange(8)))
-    assert [module.training for module in (model, model.backbone, model.backbone.module.dropout)] == [True, True, False]  # type: ignore[union-attr,list-item]
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ConfigError):
+        generate(model, tmp_path / "s", 8, nfe=0)
+    assert [module.training for module in model.modules()] == modes == [True, False, True, True]
 
 
 # ---- made when needed

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.backbones import build
@@ -99,7 +100,8 @@ def load_diffusers(where: Any, *, scheduler: Mapping[str, Any] | None = None, si
         "name": "diffusers",
         "kwargs": {"kind": found.kind, "config": config, "parts": [[part.name, list(part.shape)] for part in parts]},
     }
-    backbone: Any = build(spec)
+    with torch.random.fork_rng(devices=[]):  # the weights that are replaced now
+        backbone: Any = build(spec)
     load_weights(backbone.network, _renamed(found.weights, backbone.network), found.name)
     if nothing is not None:
         backbone.null_cond.copy_(nothing)

@@ -96,9 +96,8 @@ def plan(
         "time", _duration(found.seconds), f"{found.steps:,} steps of {configuration.batch_size} images, training alone"
     )
     part = "" if found.trained == found.parameters else f" ({found.trained / 1e6:.2f} M of them trained)"
-    output.say(
-        f"{found.parameters / 1e6:.2f} M parameters{part}, recipe {configuration.recipe}, {configuration.images:,} images"
-    )
+    size = f"{found.parameters / 1e6:.2f} M parameters{part}"
+    output.say(f"{size}, recipe {configuration.recipe}, {configuration.images:,} images")
     output.say(table)
     if found.micro_batch > 1:
         output.say("Less memory: --set micro_batch=N runs N images per pass, with the same result up to rounding.")

@@ -27,7 +27,9 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         factor = math.prod(float(f) for pattern, f in config.lr_scale.items() if means(pattern, name))
         groups.setdefault(factor, []).append(parameter)
     kind = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    parts = [{"params": parameters, "lr": config.lr * factor, "factor": factor} for factor, parameters in groups.items()]
+    parts = [
+        {"params": parameters, "lr": config.lr * factor, "factor": factor} for factor, parameters in groups.items()
+    ]
     return kind(parts, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 

@@ -286,9 +286,9 @@ def generate(
     if n < 1:
         raise ConfigError("The number of samples must be at least 1", got=n)
     modes = {module: module.training for module in teacher.modules()}
-    sampler = Sampler(teacher.eval(), nfe, seed, guidance, batch_size)
-    size = batch_size or default_batch_size(teacher.sample_shape, teacher.device)
     try:
+        sampler = Sampler(teacher.eval(), nfe, seed, guidance, batch_size)
+        size = batch_size or default_batch_size(teacher.sample_shape, teacher.device)
         with ShardWriter(out, sampler.key, n) as writer:
             tell = on_progress or (lambda done, total: None)
             tell(writer.done, n)
