@@ -141,6 +141,8 @@ def test_settings_change_the_fingerprint(spec: tuple[str, str]) -> None:
         others += [open_source(where, resize=4), open_source(where, channels=3 if kind == "digits" else 1)]
         assert tuple(others[-2].shape)[1:] == (4, 4)
         assert others[-1].shape[0] == (3 if kind == "digits" else 1)
+    for other in others:
+        assert tuple(other.read(np.arange(2)).shape) == (2, *other.shape)
     prints |= {o.fingerprint for o in others}
     assert len(prints) == 1 + len(others)
 

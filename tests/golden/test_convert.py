@@ -117,7 +117,8 @@ def spoiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Two tensors missing, two too many, two of another shape."""
     first, second, third, fourth = [name for name, tensor in state.items() if tensor.ndim > 1][:4]
     kept = {name: tensor for name, tensor in state.items() if name not in (first, second)}
-    return kept | {third: state[third][:-1], fourth: state[fourth][None]} | {"left.over": state[first], "odd.one": state[first]}
+    misshaped = {third: state[third][:-1], fourth: state[fourth][None]}
+    return kept | misshaped | {"left.over": state[first], "odd.one": state[first]}
 
 
 @pytest.mark.parametrize("kind", ["adm", "edm2"])
@@ -143,7 +144,7 @@ def test_every_tensor_that_does_not_fit_is_named(kind: str, request: pytest.Fixt
 
 
 def test_a_model_of_latents_is_refused(edm2: NetworkRecord) -> None:
-    with pytest.raises(CheckpointError, match=r"model of latents \(of EDM2's StabilityVAEEncoder\).*pixel model.*img64"):
+    with pytest.raises(CheckpointError, match=r"model of latents \(of EDM2's StabilityVAEEncoder\).*pixel model"):
         denoiser_of(replace(edm2, encoder_class="StabilityVAEEncoder"), FILE)
 
 

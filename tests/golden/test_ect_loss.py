@@ -52,9 +52,7 @@ class Golden:
             net, shift, prefix = EDM2(logvar_channels=0, **kwargs).to(dtype), 0.0, "w/"
         named = {k[len(prefix) :]: torch.from_numpy(v).to(dtype) for k, v in self.arrays.items() if k.startswith("w/")}
         net.load_state_dict(named, strict=True)
-        model = Denoiser(
-            net, EDM(), Parametrization(boundary_shift=shift), sample_shape=(3, 8, 8), num_classes=classes
-        )
+        model = Denoiser(net, EDM(), Parametrization(boundary_shift=shift), sample_shape=(3, 8, 8), num_classes=classes)
         after_step(model)
         return model.train()
 

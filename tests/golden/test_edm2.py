@@ -1,4 +1,4 @@
-"""EDM2's layers and network against the numbers of the peer's own code (shared/golden/edm2.npz), in eval and training."""
+"""EDM2's layers and network against the numbers of the peer's own code (shared/golden/edm2.npz)."""
 
 from __future__ import annotations
 

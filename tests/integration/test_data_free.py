@@ -207,10 +207,10 @@ def test_a_folder_named_teacher_is_a_path_with_a_dot(
     shutil.copytree(tiny_path, tmp_path / "teacher")
     monkeypatch.chdir(tmp_path)
     run = fewstep.tune(
-        "teacher", "teacher:1", out="run", objective="ect", overrides=settings | {"images": 16, "data.flip": False},
-        device="cpu",
+        "teacher", "teacher", out="run", objective="ect", device="cpu",
+        overrides=settings | {"images": 16, "data.flip": False, "output.grid": 4},
     )  # fmt: skip
-    assert (run.config.teacher, run.config.data.source) == (str(tmp_path / "teacher"), "teacher:1")
+    assert (run.config.teacher, run.config.data.source) == (str(tmp_path / "teacher"), "teacher")
 
 
 def test_where_there_is_no_diffusion_model(tmp_path: Path, tiny_path: Path, settings: Settings) -> None:

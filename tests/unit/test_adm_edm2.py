@@ -277,9 +277,11 @@ def test_widths_of_embeddings_and_a_longer_filter() -> None:
 def test_activations_are_clipped() -> None:
     largest: dict[float | None, float] = {}
     for most in (0.05, 1e3, None):
-        net = tiny("edm2", clip_act=most)
+        net = tiny("edm2", clip_act=most).eval()
         block = net.unet.dec["8x8_block0"]  # type: ignore[index,union-attr]
-        block.register_forward_hook(lambda _, __, out, most=most: largest.update({most: float(out.detach().abs().max())}))
+        block.register_forward_hook(
+            lambda _, __, out, most=most: largest.update({most: float(out.detach().abs().max())})
+        )
         net(noise(2, 1, 8, 8).float(), torch.zeros(2))
     assert largest[0.05] == pytest.approx(0.05)
     assert largest[1e3] == largest[None] > 1

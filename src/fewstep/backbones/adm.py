@@ -151,11 +151,11 @@ class CosineEmbedding(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
+        self.pairs = channels // 2
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        steps = torch.arange(self.half, dtype=c_noise.dtype, device=c_noise.device)
-        phase = c_noise[:, None] * (1 / 10000) ** (steps / self.half)
+        steps = torch.arange(self.pairs, dtype=c_noise.dtype, device=c_noise.device)
+        phase = c_noise[:, None] * (1 / 10000) ** (steps / self.pairs)
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 

@@ -307,9 +307,7 @@ def _encoder(config: SongUNetConfig) -> tuple[nn.ModuleDict, list[int]]:
         skips.append(width)
         for index in range(config.num_blocks):
             attention = side in config.attn_resolutions
-            enc[f"{at}_block{index}"] = ResidualBlock(
-                width, out, emb, side=side, dropout=dropout, attention=attention
-            )
+            enc[f"{at}_block{index}"] = ResidualBlock(width, out, emb, side=side, dropout=dropout, attention=attention)
             width = out
             skips.append(width)
     return enc, skips
@@ -330,9 +328,7 @@ def _decoder(config: SongUNetConfig, skips: list[int]) -> nn.ModuleDict:
         for index in range(config.num_blocks + 1):
             attention = index == config.num_blocks and side in config.attn_resolutions
             merged = width + skips.pop()
-            dec[f"{at}_block{index}"] = ResidualBlock(
-                merged, out, emb, side=side, dropout=dropout, attention=attention
-            )
+            dec[f"{at}_block{index}"] = ResidualBlock(merged, out, emb, side=side, dropout=dropout, attention=attention)
             width = out
         if level == 0 or config.decoder_type == "skip":
             if level < coarsest and config.decoder_type == "skip":

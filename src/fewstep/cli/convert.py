@@ -11,7 +11,9 @@ from fewstep.cli.options import Json, Output, Quiet
 
 
 def convert(
-    src: Annotated[Path, Parameter(help="A .pkl of EDM, ECT or EDM2, ECT's training-state-*.pt, a diffusers folder or a hub id.")],
+    src: Annotated[
+        Path, Parameter(help="A .pkl of EDM, ECT or EDM2, ECT's training-state-*.pt, a diffusers folder or a hub id.")
+    ],
     dst: Annotated[Path, Parameter(help="Directory to write: model.safetensors and config.json.")],
     /,
     *,
@@ -26,8 +28,8 @@ def convert(
     Nothing in the pickle is executed: names outside a short allow-list of inert stand-ins are refused. Known are the
     DDPM++, NCSN++ and ADM networks with EDM, VP, VE or ECT preconditioning, and EDM2's models of pixels; DST holds
     safetensors and JSON afterwards.
-    Diffusers' pipelines need no conversion (fewstep tune takes them as they are), but a directory of their own lets them
-    be moved. VAE and text encoders stay in the pipeline's folder.
+    Diffusers' pipelines need no conversion (fewstep tune takes them as they are), but a directory of their own lets
+    them be moved. VAE and text encoders stay in the pipeline's folder.
 
     For example:
 

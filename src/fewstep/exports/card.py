@@ -104,8 +104,8 @@ def _start(where: str) -> str:
 def _with_graph(about: Mapping[str, Any]) -> Iterable[str]:
     inputs = ", ".join(f"`{name}` {shape}" for name, shape in about["inputs"].items())
     yield (
-        f"`{about['file']}` holds f(x, sigma) -> x_0 in EDM coordinates, x = x_0 + sigma z, float32, any batch size. "
-        f"Inputs: {inputs}."
+        f"`{about['file']}` holds f(x, sigma) -> x_0 in EDM coordinates, x = x_0 + sigma z, float32. Inputs: {inputs}, "
+        f"{'any batch size' if about['largest_batch'] is None else 'batches up to %d' % about['largest_batch']}."
     )
     yield f"```python\n{loop(about)}\n```"
     if about["parts"]:

@@ -86,20 +86,21 @@ def describe(denoiser: Denoiser, to: Format) -> dict[str, Any]:
     return about
 
 
-def _graph(denoiser: Denoiser, file: str, difference: float) -> dict[str, Any]:
+def _graph(denoiser: Denoiser, file: str, difference: float, largest_batch: int | None) -> dict[str, Any]:
     inputs = {name: ["batch", *shape] for name, shape in input_shapes(denoiser).items()}
-    return {"file": file, "inputs": inputs, "difference": difference, "checked_batches": list(CHECKED_BATCHES)}
+    about = {"file": file, "inputs": inputs, "largest_batch": largest_batch}
+    return about | {"difference": difference, "checked_batches": list(CHECKED_BATCHES)}
 
 
 def _to_onnx(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
-    return _graph(denoiser, "model.onnx", write_onnx(denoiser, folder / "model.onnx"))
+    return _graph(denoiser, "model.onnx", write_onnx(denoiser, folder / "model.onnx"), None)
 
 
 def _to_torch(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
-    difference = write_program(denoiser, folder / "program.pt2")
+    difference, largest_batch = write_program(denoiser, folder / "program.pt2")
     write_tensors(folder / "model.safetensors", denoiser.backbone.state_dict())
     write_json(folder / "config.json", describe_model(denoiser))
-    return _graph(denoiser, "program.pt2", difference)
+    return _graph(denoiser, "program.pt2", difference, largest_batch)
 
 
 _WRITERS: dict[Format, Callable[[Denoiser, Path], dict[str, Any]]] = {

@@ -35,6 +35,8 @@ CHECKED_BATCHES = (1, 5)
 
 _TRACED_BATCH = 2
 
+UNBOUNDED = 2**31
+
 Inputs = dict[str, Tensor]
 
 
@@ -103,18 +105,23 @@ def trace(denoiser: Denoiser) -> ExportedProgram:
         ConfigError: the network cannot be traced.
     """
     given = example_inputs(denoiser, _TRACED_BATCH)
-    batch = Dim("batch", min=1)
     with _quiet(), torch.no_grad(), _translated("traced with an open batch size"):
         return torch.export.export(
             Function(denoiser).eval(),
             (),
             given,
-            dynamic_shapes={name: {0: batch} for name in given},
+            dynamic_shapes={name: {0: Dim.DYNAMIC} for name in given},
         )
 
 
-def write_program(denoiser: Denoiser, path: Path) -> float:
-    """Write ``program.pt2`` for ``torch.export.load``; returns its largest difference from the model.
+def largest_batch(program: ExportedProgram) -> int | None:
+    """The largest batch that a program takes: the U-Nets of diffusers do something else from 64 on; None is any."""
+    most = min((bounds.upper for bounds in program.range_constraints.values()), default=UNBOUNDED)
+    return int(most) if most < UNBOUNDED else None
+
+
+def write_program(denoiser: Denoiser, path: Path) -> tuple[float, int | None]:
+    """Write ``program.pt2`` for ``torch.export.load``; returns its largest difference from the model, and batch.
 
     Raises:
         ConfigError: the network cannot be traced, or the program disagrees with it.
@@ -123,7 +130,7 @@ def write_program(denoiser: Denoiser, path: Path) -> float:
     with _quiet():
         torch.export.save(program, path)
         again = torch.export.load(path).module()
-    return _check(denoiser, lambda given: again(**given))
+    return _check(denoiser, lambda given: again(**given)), largest_batch(program)
 
 
 def write_onnx(denoiser: Denoiser, path: Path) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fewstep import ema
+from fewstep.backbones.layout import LocalDropout
 from fewstep.checkpoint.adapter import describe_base
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
@@ -260,14 +261,15 @@ def set_dropout(module: nn.Module, config: StudentConfig) -> None:
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
     layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
     most = config.dropout_max_resolution
-    if most is not None and not (layers and all(hasattr(layer, "resolution") for layer in layers)):
+    if most is not None and not (layers and all(isinstance(layer, LocalDropout) for layer in layers)):
         raise ConfigError(
             "This network does not say at which resolution its dropout layers act (edm, adm and edm2 do)",
             got=f"student.dropout_max_resolution={most}",
             do="Leave it out: --set student.dropout_max_resolution=null",
         )
     for layer in layers:
-        layer.p = config.dropout if most is None or layer.resolution <= most else 0.0
+        above = most is not None and isinstance(layer, LocalDropout) and layer.resolution > most
+        layer.p = 0.0 if above else config.dropout
 
 
 def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
