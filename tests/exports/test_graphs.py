@@ -120,9 +120,12 @@ def ours(denoiser: Denoiser, noise: list[Tensor], levels: list[float]) -> Tensor
     return consistency_sample(f, noise[0], levels, lambda k: noise[k], cond)
 
 
-@pytest.mark.parametrize("name", [*MAKERS, "diffusers"])
+@pytest.mark.parametrize("name", ["dit", "two_time", "guided", "diffusers"])
 def test_a_program_is_the_model(name: str, programs: Get) -> None:
-    """Bit for bit, at any batch size; its weights open as a model again. two_time is EDM's network, told where to land."""
+    """Bit for bit, at any batch size; its weights open as a model again.
+
+    "two_time" is EDM's network, told where to land; "guided" the U-Net with labels, told how strongly they count.
+    """
     denoiser, out = programs(name)
     about = json.loads((out / "fewstep.json").read_text())
     assert about["difference"] == 0.0

@@ -15,7 +15,7 @@ from fewstep.types import Condition, Samples
 
 
 class GuidanceTold(nn.Module):
-    """``F(x, c_noise, cond, guidance=w)``: ``inner`` with an embedding of ``asinh(w - 1)/4`` added to its noise embedding.
+    """``F(x, c_noise, cond, guidance=w)``: ``inner``, an embedding of ``asinh(w - 1)/4`` added to its noise embedding.
 
     At the start the added term is zero and the output that of ``inner``, bit for bit, whatever w is. Rows whose
     condition says nothing are told w = 1: there is nothing to be guided by (math.md 3.4, D_c = D_u).
@@ -39,7 +39,7 @@ class GuidanceTold(nn.Module):
             raise ConfigError(
                 "This network cannot be told a strength of guidance",
                 got=f"a {type(inner).__name__}",
-                want="a network with one time that takes an embedding: edm, adm, edm2, unet, dit or mlp",
+                want="a network with one time that takes an embedding: the library's own, or of diffusers",
                 do="Tune for one strength: leave objective.bridge.guidance_max out",
             )
         self.inner, self.guidance_range = inner, (float(low), float(high))

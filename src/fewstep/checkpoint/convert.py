@@ -115,8 +115,7 @@ def _network(spec: dict[str, Any], state: dict[str, Tensor], kind: str, source: 
         backbone = build(spec)
     except (ConfigError, ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"'{source}' describes a {kind} that cannot be built: {error}") from error
-    own = backbone.state_dict()
-    load_weights(backbone, {name: tensor.to(own[name].dtype) for name, tensor in state.items()}, str(source))
+    load_weights(backbone, state, str(source))  # float16 becomes what the network has, float32
     return backbone
 
 

@@ -307,7 +307,8 @@ def _of_a_model(session: Session, job: Job, steps: int, seed: int) -> dict[str, 
     request = session.request
     return evaluate(
         job.subject, session.reference, steps=[steps], solver=job.solver, metrics=session.metrics,
-        samples=request.count, seed=seed, guidance=request.guidance, batch_size=request.batch_size, replicates=request.replicates,
+        samples=request.count, seed=seed, guidance=request.guidance, batch_size=request.batch_size,
+        replicates=request.replicates,
         on_row=partial(_show_row, session, seed), on_progress=session.counting, world=session.world,
     )  # fmt: skip
 

@@ -76,7 +76,7 @@ def _model_index(record: Record, task: str) -> list[dict[str, Any]]:
 def _with_diffusers(name: str, about: Mapping[str, Any]) -> Iterable[str]:
     yield f"```python\n{pipeline_call(about, name)}\n```"
     if about["calls"]:
-        yield "The noise levels it was evaluated at, in the arguments of the pipeline:"
+        yield "Its own noise levels, as arguments of the pipeline:"
         lines = [
             [n, f"`{argument}={values}`", _levels(about["levels"][n])]
             for n, call in about["calls"].items()
@@ -102,10 +102,12 @@ def _start(where: str) -> str:
 
 
 def _with_graph(about: Mapping[str, Any]) -> Iterable[str]:
+    most = about["largest_batch"]
+    batches = "any batch size" if most is None else f"batches of up to {most}"
     inputs = ", ".join(f"`{name}` {shape}" for name, shape in about["inputs"].items())
     yield (
         f"`{about['file']}` holds f(x, sigma) -> x_0 in EDM coordinates, x = x_0 + sigma z, float32. Inputs: {inputs}, "
-        f"{'any batch size' if about['largest_batch'] is None else 'batches up to %d' % about['largest_batch']}."
+        f"{batches}."
     )
     yield f"```python\n{loop(about)}\n```"
     if about["parts"]:

@@ -155,7 +155,7 @@ def _check_steps(denoiser: Denoiser, network: Any, stepping: Stepping, kind: str
     """
     edm, worst, blend = denoiser.under(EDM()).eval(), 0.0, denoiser.parametrization.blend
     for level in few_step_times(denoiser, possible_among(denoiser, (4,))[-1]):
-        given = example_inputs(denoiser, 2)
+        given = example_inputs(denoiser, 1)
         [sigma] = stepping.visited(stepping.told([level]))
         x = given["x"] / expand(given["sigma"], given["x"]) * sigma
         wanted = edm(x, sigma, given.get("cond"))

@@ -64,8 +64,8 @@ class Function(nn.Module):
 
 def portable(denoiser: Denoiser) -> Denoiser:
     """The model on the CPU, in float32 and eval mode; a copy where it was not."""
-    there = denoiser.device.type == "cpu" and denoiser.dtype == torch.float32
-    return (denoiser if there else copy.deepcopy(denoiser).cpu().float()).eval()
+    ready = denoiser.device.type == "cpu" and denoiser.dtype == torch.float32 and not denoiser.training
+    return denoiser if ready else copy.deepcopy(denoiser).cpu().float().eval()
 
 
 def input_shapes(denoiser: Denoiser) -> dict[str, tuple[int, ...]]:

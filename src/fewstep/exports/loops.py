@@ -99,7 +99,7 @@ def pipeline_call(about: Mapping[str, Any], name: str) -> str:
         [
             "from diffusers import DiffusionPipeline",
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{name}")',
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")  # this folder, or its name on the hub',
             f"image = pipe({', '.join(given)}).images[0]",
         ]
     )
