@@ -30,7 +30,7 @@ SPECS = {
     "edm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
             "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.3},
     "adm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
-            "num_blocks": 1, "dropout": 0.3},
+            "num_blocks": 2, "dropout": 0.3},
     "edm2": {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
              "attn_resolutions": [4], "channels_per_head": 8, "logvar_channels": 8, "dropout": 0.3},
     "unet": {"sample_shape": [1, 8, 8], "channels": 8, "blocks": 1, "dropout": 0.3},

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fewstep import EDM, Denoiser, convert, load, save_model, tune
 from fewstep.backbones import build
+from fewstep.backbones.hf import TimeFeatures
 from fewstep.backbones.two_time import with_landing
 from fewstep.checkpoint import hub as hub_module
 from fewstep.checkpoint.diffusers import is_diffusers, load_diffusers
@@ -377,6 +378,23 @@ def test_labels_that_say_nothing(made: Made, libraries: tuple[Any, Any]) -> None
         assert not torch.allclose(classes(torch.ones(2, 3, 8, 8), 1.0, torch.tensor([1, 1])), without)
 
 
+@pytest.mark.parametrize("channels", [8, 7])
+@pytest.mark.parametrize("flip", [True, False])
+def test_time_is_told_in_float64(libraries: tuple[Any, Any], channels: int, flip: bool) -> None:
+    """The same numbers as theirs, but so that 1e-9 of 999 is heard."""
+    from diffusers.models.embeddings import Timesteps
+
+    plain = Timesteps(channels, flip, 0.5)
+    features, t = TimeFeatures(plain), torch.tensor([0.3, 999.0], dtype=torch.float64)
+    assert torch.equal(features(t.float()), plain(t.float()))
+    torch.testing.assert_close(features(t), plain(t).double(), rtol=0, atol=2e-4)
+    step = (features(t + 1e-9) - features(t)) / 1e-9
+    slope = (features(t + 1e-4) - features(t - 1e-4)) / 2e-4
+    assert features(t).dtype == torch.float64
+    torch.testing.assert_close(step, slope, rtol=0, atol=1e-3)
+    assert step[1].abs().max() > 0.1
+
+
 # ---- ways in
 def test_a_folder_its_network_and_an_open_pipeline_are_the_same(made: Made, tmp_path: Path) -> None:
     pipeline, folder = made("ddim")
@@ -539,7 +557,9 @@ def test_the_command_line_takes_a_pipeline(made: Made, tmp_path: Path, capsys: p
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of downloads; whoever asks the network is found out."""
-    hub = pytest.importorskip("huggingface_hub")
+    pytest.importorskip("huggingface_hub.constants")
+    import huggingface_hub as hub
+
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     real = hub.snapshot_download

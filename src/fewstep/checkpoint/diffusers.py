@@ -56,7 +56,7 @@ def is_diffusers(where: str | Path) -> bool:
     root = Path(where).expanduser()
     if root.is_dir():
         return (root / INDEX).is_file() or ((root / CONFIG).is_file() and "_class_name" in _json(root / CONFIG))
-    return not root.exists() and is_hub_id(str(where))
+    return is_hub_id(str(where))
 
 
 def is_here(where: str | Path) -> bool:
@@ -153,7 +153,7 @@ def _folder(where: str | Path, *, fetch: bool = True) -> Path:
     root = Path(where).expanduser()
     if root.is_dir():
         return root.resolve()
-    if root.exists() or not is_hub_id(str(where)):
+    if not is_hub_id(str(where)):
         raise CheckpointError(f"There is no folder '{where}'", want="a folder that diffusers saved, or owner/name")
     name, _, revision = str(where).partition("@")
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
