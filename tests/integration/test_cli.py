@@ -107,6 +107,7 @@ def test_help_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture[st
             "plan",
             "convert",
             "pretrain",
+            "generate",
             "tune",
             "resume",
             "merge",
@@ -114,6 +115,7 @@ def test_help_names_every_verb_with_its_purpose(capsys: pytest.CaptureFixture[st
             "eval",
             "dial",
             "report",
+            "export",
             "scaling",
         ]
     )
