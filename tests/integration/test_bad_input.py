@@ -45,7 +45,7 @@ CASES = {
     "resolution": ("tune TEACHER --data DATA/large --out OUT", "Got: (1, 16, 16). Wanted: (1, 8, 8). Add --resize 8"),
     "both": ("tune TEACHER --data tiles --out OUT", "Add --resize 8 --channels 1"),
     "points": ("tune TEACHER --data gaussians8 --out OUT", "Got: (2,). Wanted: (1, 8, 8)"),
-    "later sources": ("tune TEACHER --data hf:mnist --out OUT", "'hf:' is not in this version"),
+    "later sources": ("tune TEACHER --data wds:mnist --out OUT", "'wds:' is not in this version"),
     "no test split": ("tune TEACHER --data digits --split test --out OUT", "'digits' has no split 'test'"),
     "channels 2": ("tune TEACHER --data digits --channels 2 --out OUT", "Got: 2. Wanted: 1 (grey) or 3 (RGB)"),
     "eval shape": ("eval TEACHER --data DATA/rgb", "Add --channels 1"),

@@ -176,7 +176,9 @@ def test_a_module_of_ones_own_is_refused_with_a_remedy() -> None:
             return x
 
     own = Denoiser.from_module(Own(), process=EDM(), prediction="x0", sample_shape=(2,))
-    with pytest.raises(ConfigError, match=r"cannot be told a landing time.*edm, adm, edm2, unet, dit or mlp.*--objective ect"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be told a landing time.*edm, adm, edm2, unet, dit or mlp.*--objective ect"
+    ):
         with_landing(own)
 
 

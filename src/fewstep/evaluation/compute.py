@@ -133,9 +133,7 @@ class _Counter(nn.Module):
         return self.weight * x + c_noise.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _stub(
-    name: str, counts: Counter[tuple[str, int]], like: Denoiser, objective: Objective | None = None
-) -> Denoiser:
+def _stub(name: str, counts: Counter[tuple[str, int]], like: Denoiser, objective: Objective | None = None) -> Denoiser:
     """A denoiser like ``like``, told what ``objective`` tells, around a counter; images are small: only rows count."""
     shape = like.sample_shape
     return Denoiser(

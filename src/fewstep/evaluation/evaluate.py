@@ -105,9 +105,7 @@ def evaluate(
     cond = draw_labels(denoiser, reference.source, samples, seed)
     kind = cast(Literal["consistency", "ode"], solver)
     sets = [
-        generated(
-            denoiser, samples, count, solver=kind, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size
-        )
+        generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
         for count in steps
     ]
     for one in sets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -204,11 +205,12 @@ def _with_text(made: Any, teacher: Path, parts: dict[str, Any]) -> Any:
     """The teacher's pipeline with another network and scheduler; its own network is not read."""
     weights = list(teacher.glob("text_encoder*/*.safetensors"))
     half = bool(weights) and all(".fp16." in file.name for file in weights)
+    options = {"local_files_only": True, "use_safetensors": True, "variant": "fp16" if half else None}
     try:
+        index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
+        left_out = {name: None for name, value in index.items() if value == [None, None]}  # SD3 without its T5
         with quiet():
-            return made.from_pretrained(
-                str(teacher), **parts, local_files_only=True, use_safetensors=True, variant="fp16" if half else None
-            )
+            return made.from_pretrained(str(teacher), **left_out, **parts, **options)
     except Exception as error:  # someone else's code may raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
