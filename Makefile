@@ -1,11 +1,12 @@
 # make demo   the main job on the embedded digits: about four minutes on two cores after the installation
 # make test   all tests           make check   format, lint, types, import rules
-# Each creates its own environment in .venv. Another interpreter: make test PYTHON=python3.12
+# Each creates its own environment in .venv. Another interpreter: make test PYTHON=python3.12; JOBS=4 tests at once
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+JOBS ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: demo test check format clean
@@ -14,7 +15,7 @@ demo: $(VENV)/.core
 	$(BIN)/fewstep demo --out demo-run
 
 test: $(VENV)/.dev $(VENV)/fidelity/.done
-	FEWSTEP_FIDELITY=$(abspath $(VENV)/fidelity) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 FEWSTEP_FIDELITY=$(abspath $(VENV)/fidelity) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check src tests bench scripts examples
