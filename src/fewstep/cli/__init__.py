@@ -18,7 +18,7 @@ _HELP = """Turn a pretrained diffusion model into a generator that needs 1, 2, 4
 
 ```
 fewstep demo                                # see it work
-fewstep convert edm.pkl teacher             # an EDM or ECT pickle
+fewstep convert edm.pkl teacher             # an EDM, EDM2 or ECT pickle; diffusers folders need none
 fewstep tune teacher --data photos.zip --out run
 fewstep sample run --steps 2 -n 64 --out out.png
 ```
