@@ -42,6 +42,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "lora-4": LORA | {"adapter.rank": 4},
     "lora-16": LORA | {"adapter.rank": 16},
     "lora-64": LORA | {"adapter.rank": 64},
+    "lora-16-lr3": LORA | {"adapter.rank": 16, "optim.lr": 3e-3},
     "frozen-encoder": {"student.freeze": ["*conv_in*", "*time_embedding*", "*down_blocks*"]},
 }
 
@@ -81,7 +82,7 @@ def run_all(a: argparse.Namespace) -> None:
     for seed in range(a.seeds):
         for name in a.only.split(",") if a.only else ENTRIES:
             entry = f"{name}/{a.objective}"
-            if not any((r["entry"], r["seed"], r["images"]) == (entry, seed, a.images) for r in rows_of(a.work)[1:]):
+            if not any((r["entry"], r["seed"], r.get("images")) == (entry, seed, a.images) for r in rows_of(a.work)):
                 subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", name, "--seed", str(seed)])
 
 

@@ -224,9 +224,22 @@ def _inherit(objective: Objective, recipes: Objective) -> Objective:
 
 
 def _absolute(path: str | Path) -> str:
-    """A path that still holds when the run is resumed from another folder; names of sources stay names."""
+    """A path that still holds when the run is resumed from another folder; names of sources stay names.
+
+    Of ``kind:PATH`` and ``kind:PATH#COLUMN`` the path in the middle.
+    """
     name = str(path)
-    return str(Path(name).expanduser().resolve()) if name not in SOURCES and Path(name).expanduser().exists() else name
+    kind, colon, where = name.partition(":")
+    if colon and kind in SOURCES:
+        plain, hash_sign, column = where.partition("#") if kind == "hf" else (where, "", "")
+        return f"{kind}:{_resolved(plain)}{hash_sign}{column}"
+    return name if name in SOURCES else _resolved(name)
+
+
+def _resolved(name: str) -> str:
+    """The absolute path of what is there, under the name that it was given otherwise."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name
 
 
 def open_data(config: DataConfig) -> Source:

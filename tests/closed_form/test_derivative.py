@@ -23,6 +23,10 @@ SPECS: dict[str, dict[str, Any]] = {
             "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.3},
     "ncsnpp": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
                "num_blocks": 1, "attn_resolutions": [4], "embedding_type": "fourier", "encoder_type": "residual"},
+    "adm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],
+            "num_blocks": 2, "attn_resolutions": [4], "dropout": 0.3},
+    "edm2": {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+             "attn_resolutions": [4], "channels_per_head": 8, "logvar_channels": 0, "dropout": 0.3},
     "unet": {"sample_shape": [1, 8, 8], "channels": 8, "blocks": 1, "attention": [8], "dropout": 0.3},
     "dit": {"sample_shape": [1, 8, 8], "width": 16, "depth": 1, "heads": 2, "dropout": 0.3},
     "mlp": {"sample_shape": [2], "width": 16, "depth": 2},
@@ -214,7 +218,22 @@ def test_the_librarys_networks_have_a_forward_mode(name: str, landing: bool) -> 
 
 
 def test_every_backbone_is_tried_here() -> None:
-    assert set(BACKBONES) <= set(SPECS) | {"two_time"}
+    assert set(BACKBONES) <= set(SPECS) | {"two_time", "guided", "diffusers"}
+
+
+def test_attention_of_diffusers_has_no_forward_mode() -> None:
+    """Its own code views what forward mode makes strided: "auto" takes finite differences."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed: its networks cannot be built")
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 8], "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4, "attention_head_dim": 4,
+    }  # fmt: skip
+    network = build({"name": "diffusers", "kwargs": {"kind": "UNet2DModel", "config": config}})
+    student = Denoiser(network, EDM(), Parametrization("edm"), sample_shape=(1, 8, 8))
+    assert settle("auto", student) == "finite"
+    with pytest.raises(ConfigError, match="Use finite differences"):
+        settle("jvp", student)
 
 
 @pytest.mark.parametrize(

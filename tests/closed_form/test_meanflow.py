@@ -64,7 +64,14 @@ class Exact(Denoiser):
         super().__init__(nn.Identity(), EDM(), Parametrization("x0"), sample_shape=(size,))
         self.function = function
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        s: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
         assert s is not None
         return self.function(x_t, t, s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import yaml
 from torch import Tensor
 
 import fewstep
+from fewstep.checkpoint.model import weights_hash
 from fewstep.cli import main
 from fewstep.errors import ConfigError
-from fewstep.exports.origin import origin_of
+from fewstep.exports.origin import origin_of, published
 from fewstep.exports.push import plan_push, push
 
 CONFIG = {
@@ -137,6 +139,48 @@ def test_licences(run: Path, tmp_path: Path) -> None:
     assert origin_of(None).licence == "unknown"
 
 
+def test_folders_of_whoever_exports_are_not_published(run: Path, tmp_path: Path) -> None:
+    """Neither in the command as it was typed, nor behind a kind; names on the hub stay."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "report.json"
+    report = json.loads(path.read_text())
+    report["command"] = (
+        "fewstep tune /home/alice/secret/t --data hf:owner/name --out work/acme/r --config ./acme/c.yaml --seed 0 "
+        "--set eval.data=shards:/home/alice/made --set 'note=\"~/acme/x y\"' --network /home/alice/net.py:make owner/t"
+    )
+    report["facts"]["origin"] = "samples of /home/alice/secret/t, drawn in 3 steps"
+    path.write_text(json.dumps(report))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for result in results.values():
+        result["reference"]["source"] = "/home/alice/digits"
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["data"]["source"], config["eval"]["data"] = "hf:owner/name", "shards:/home/alice/made"
+    config["teacher"] = "owner/t"
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    fewstep.export(tmp_path / "run", tmp_path / "out", licence="mit")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for secret in ("alice", "acme", "work/", str(tmp_path), str(run.parent)):
+        assert secret not in card
+    command = card.split("Command")[1].split("```")[1].strip()
+    assert command == (
+        "fewstep tune t --data hf:owner/name --out r --config c.yaml --seed 0 --set eval.data=shards:made "
+        "--set 'note=\"x y\"' --network net.py:make owner/t"
+    )
+    assert "samples of t, drawn in 3 steps" in card
+    assert "Reference: digits" in card
+
+
+def test_published_values() -> None:
+    found = {
+        "hf:/home/alice/secret#text": "hf:secret#text", "shards:/home/alice/made": "shards:made", "/home/alice/x/": "x",
+        "file:/home/alice/net.py:make": "file:net.py:make", "hf:owner/name": "hf:owner/name",
+        "owner/name": "owner/name",
+        "../a/b": "b", "~/a": "a", "https://a.org/b/c": "https://a.org/b/c", "1 x 8 x 8, 3/4": "1 x 8 x 8, 3/4",
+    }  # fmt: skip
+    assert published({"a": [*found], "b": tuple(found)}) == {"a": [*found.values()], "b": [*found.values()]}
+
+
 def test_a_bare_model_and_a_teacher_on_the_hub(run: Path, tmp_path: Path) -> None:
     fewstep.save_model(fewstep.load(run), tmp_path / "bare", {"teacher": "owner/name", "images": 7})
     fewstep.export(tmp_path / "bare", tmp_path / "out")
@@ -214,6 +258,34 @@ def test_push_is_dry_by_default(
     assert json.loads(capsys.readouterr().out)["pushed"] == "https://hub/me/cats"
     assert [name for name, _ in hub.calls] == ["create", "upload"]
     assert before == {name: (pipeline / name).stat().st_mtime_ns for name in listed(pipeline)}, "taken as it was"
+
+
+def test_what_was_exported_before_is_what_is_pushed(
+    run: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another model, another format, other weights, or an export that does not say: another --out."""
+    about = json.loads((pipeline / "fewstep.json").read_text())
+    assert (about["source"], about["weights"]) == ("student", "ema")
+    assert about["sha256"] == weights_hash(fewstep.load(run))
+    same = ["--out", str(pipeline), "--push", "me/cats"]
+    assert main(["export", str(run / "model"), *same]) == 0, "the same weights"
+    for model, options in (
+        (run.with_name("teacher"), []),
+        (run, ["--to", "onnx"]),
+        (run, ["--weights", "student"]),
+    ):
+        capsys.readouterr()
+        assert main(["export", str(model), *options, *same]) == 2
+        err = capsys.readouterr().err
+        assert "holds another export" in err
+        assert "another --out" in err
+        assert "would go to" not in err
+    assert main(["export", str(tmp_path / "nothing"), *same]) == 2
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "README.md").write_text("---\nlicense: mit\n---\n")
+    (older / "fewstep.json").write_text(json.dumps({name: about[name] for name in ("to", "difference", "licence")}))
+    assert main(["export", str(run), "--out", str(older), "--push", "me/cats"]) == 2
 
 
 def test_push_is_refused(pipeline: Path, online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

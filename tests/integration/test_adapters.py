@@ -26,6 +26,7 @@ from fewstep.runs import configure, make_trainer
 from fewstep.training.config import RunConfig
 from fewstep.training.frozen import move_together, storage_bytes
 from fewstep.training.loop import Watcher
+from fewstep.training.past import require_diffusion
 from fewstep.training.plan import plan
 from fewstep.training.student import make_student
 from fewstep.training.trainer import StepReport, Trainer
@@ -429,6 +430,8 @@ def test_merge_on_request(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "model")
     theirs = read_tensors(run / "model" / "model.safetensors")
     assert changed(read_tensors(tmp_path / "model" / "model.safetensors"), theirs) == set()
+    with pytest.raises(ConfigError, match=r"model' is a few-step model\. Got: a run tuned with 'ec"):
+        require_diffusion(tmp_path / "model", "Data are made by a diffusion model")
     assert main(["merge", str(plain), "--weights", "student", "--out", str(tmp_path / "student")]) == 0
     assert changed(read_tensors(tmp_path / "student" / "model.safetensors"), theirs)
     assert main(["merge", str(plain), "--out", str(tmp_path / "model")]) == 2

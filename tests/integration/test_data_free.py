@@ -24,6 +24,7 @@ from fewstep.training.trainer import StepReport
 
 INTERRUPTED = """
 import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from fewstep.cli import main
 from fewstep.cli.progress import Counting
 def told(self, what, done, total):
@@ -220,4 +221,11 @@ def test_where_there_is_no_diffusion_model(tmp_path: Path, tiny_path: Path, sett
     with pytest.raises(ConfigError, match=r"samples of a diffusion model, and '.*few' is a few-step model"):
         fewstep.tune(run.path, "teacher", out=tmp_path / "run", objective="ect", device="cpu")
     assert main(generate(run.path, tmp_path / "s")) == 2
+    shutil.copytree(run.path / "model", tmp_path / "copied")
+    few = settings | {"images": 16, "data.flip": False}
+    for model in (run.path / "model", tmp_path / "copied"):
+        for data, objective in (("teacher", "ect"), ("digits", "ecd")):
+            with pytest.raises(ConfigError, match=rf"and '{model}' is a few-step model\. Got: a run tuned with '"):
+                fewstep.tune(model, data, out=tmp_path / "run", objective=objective, overrides=few, device="cpu")
+        assert main(generate(model, tmp_path / "s")) == 2
     assert not (tmp_path / "run").exists()

@@ -266,6 +266,20 @@ def ask(pipeline: Any, latents: Tensor, scale: float = 1.0) -> Tensor:
         ).images  # fmt: skip
 
 
+def test_sdxl_is_told_the_size_that_was_asked_for(made: Made, tmp_path: Path) -> None:
+    from fewstep.backbones.text import encoders_of
+
+    _, folder = made("sdxl")
+    own, other = load(folder), load_diffusers(folder, side=12)
+    save_model(other, tmp_path / "other")
+    for denoiser, side in ((own, 8), (other, 12), (load(tmp_path / "other"), 12)):
+        encoders = encoders_of(denoiser)
+        rows = torch.stack([encoders.encode(["a red square"])[0], denoiser.backbone.null_cond])
+        pixels = 2.0 * side  # the VAE halves them
+        assert denoiser.conditioning.unpack(rows)["time_ids"].tolist() == [[pixels, pixels, 0, 0, pixels, pixels]] * 2
+    assert encoders_of(other).hash != encoders_of(own).hash
+
+
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 def test_text_pipelines(made: Made, kind: str, scale: float) -> None:

@@ -19,7 +19,9 @@ from fewstep import Denoiser
 from fewstep.checkpoint.model import latest_checkpoint
 from fewstep.data.sources import ArraySource
 from fewstep.errors import CheckpointError, ConfigError
+from fewstep.runs import _absolute
 from fewstep.training.loop import Watcher
+from fewstep.training.synthetic import generate
 from fewstep.training.trainer import StepReport
 
 DIES_AT_STEP = """
@@ -176,6 +178,33 @@ def test_a_finished_run_stays_as_it_is(whole: Path, tmp_path: Path, same_bits: C
     same_bits(tmp_path / "run", whole)
 
 
+def test_from_another_folder_a_relative_source_is_found(
+    tiny: Denoiser, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    generate(tiny, "made", 32, nfe=3)
+    few = settings | {"images": 160, "data.flip": False, "output.grid": 4}
+    stop_at(tiny, tmp_path / "run", few, 96, data="shards:made")
+    monkeypatch.chdir(tmp_path / "else")
+    run = fewstep.resume(tmp_path / "run", teacher=tiny, device="cpu")
+    assert run.config.data.source == f"shards:{tmp_path / 'there' / 'made'}"
+
+
+def test_only_paths_that_are_there_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("made", "digits", "a#b"):
+        (tmp_path / name).mkdir()
+    for kind in ("folder", "zip", "npz", "shards", "hf"):
+        assert _absolute(f"{kind}:made") == f"{kind}:{tmp_path}/made"
+    assert _absolute("hf:made#text") == f"hf:{tmp_path}/made#text"
+    assert _absolute("folder:a#b") == f"folder:{tmp_path}/a#b"
+    assert _absolute("folder:digits") == f"folder:{tmp_path}/digits"
+    for name in ("digits", "hf:owner/name#text", "folder:", "shards:gone", "net.py:made", "hf:#text"):
+        assert _absolute(name) == name
+
+
 # ----------------------------------------------------------------------------------------- refusals
 @pytest.fixture
 def stopped(tiny: Denoiser, tmp_path: Path, settings: dict[str, Any]) -> Path:
@@ -194,6 +223,91 @@ def test_other_data_is_refused(stopped: Path, tiny: Denoiser) -> None:
     assert changed.fingerprint[:12] in str(error.value)
     assert digits.fingerprint[:12] in str(error.value)
     assert error.value.exit_code == 2
+
+
+FOLLOWS = {"objective": "ecd", "data": "digits"}, {"objective": "ect", "data": "teacher:3"}
+
+
+@pytest.fixture
+def following(tiny_path: Path, tmp_path: Path, settings: dict[str, Any]) -> Callable[..., Path]:
+    """A run from a model directory that may be changed, stopped at image 96."""
+
+    def start(data: str, objective: str, **more: Any) -> Path:
+        shutil.copytree(tiny_path, tmp_path / "teacher")
+        few = dict(settings) | {"images": 160, "data.flip": False, "output.grid": 4} | more
+        with pytest.raises(Stop):
+            fewstep.tune(
+                tmp_path / "teacher", data, out=tmp_path / "run", objective=objective, overrides=few, device="cpu",
+                watcher=StopAt(96),
+            )  # fmt: skip
+        return tmp_path / "run"
+
+    return start
+
+
+def edit(model: Path, **settings: Any) -> None:
+    """Change what ``config.json`` of a model directory says."""
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_another_teacher_is_refused(following: Callable[..., Path], tmp_path: Path, tiny: Denoiser) -> None:
+    run, other = following("digits", "ecd"), tiny.clone()
+    next(other.parameters()).data.add_(0.01)
+    shutil.rmtree(tmp_path / "teacher")
+    fewstep.save_model(other, tmp_path / "teacher")
+    with pytest.raises(CheckpointError, match=r"The teacher is not what this run was started with") as error:
+        fewstep.resume(run, device="cpu")
+    assert error.value.exit_code == 2 and str(tmp_path / "teacher") in str(error.value)
+    fewstep.resume(run, teacher=tiny, device="cpu")
+
+
+def test_a_run_that_does_not_follow_its_teacher_takes_another(
+    following: Callable[..., Path], tmp_path: Path, tiny: Denoiser
+) -> None:
+    run, other = following("digits", "ect"), tiny.clone()
+    next(other.parameters()).data.add_(0.01)
+    assert json.loads((latest_checkpoint(run) / "state.json").read_text())["teacher"] is None
+    fewstep.resume(run, teacher=other, device="cpu")
+
+
+@pytest.mark.parametrize("follows", FOLLOWS, ids=lambda kind: kind["data"])
+def test_a_teacher_that_means_something_else_is_refused(
+    follows: dict[str, str], following: Callable[..., Path], tmp_path: Path, tiny_path: Path
+) -> None:
+    """The student is from elsewhere, so only the teacher's own record can tell."""
+    shutil.copytree(tiny_path, tmp_path / "start")
+    run = following(**follows, **{"student.start": str(tmp_path / "start")})
+    edit(tmp_path / "teacher", parametrization={"prediction": "x0", "sigma_data": 0.5})
+    with pytest.raises(CheckpointError, match=r"The (teacher|data) is not what this run was started with"):
+        fewstep.resume(run, device="cpu")
+
+
+def test_an_older_checkpoint_says_nothing_of_its_teacher(
+    following: Callable[..., Path], tmp_path: Path, tiny: Denoiser
+) -> None:
+    run, other = following("digits", "ecd"), tiny.clone()
+    next(other.parameters()).data.add_(0.01)
+    path = latest_checkpoint(run) / "state.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "teacher"}))
+    assert (fewstep.resume(run, teacher=other, device="cpu").path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("parametrization", {"prediction": "edm", "sigma_data": 0.7}),
+        ("sigma_max", 40.0),
+        ("native", {"kind": "vp"}),
+    ],
+)
+def test_a_student_that_means_something_else_is_refused(
+    name: str, value: Any, following: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = following("digits", "ect")
+    edit(tmp_path / "teacher", **{name: value})
+    with pytest.raises(CheckpointError, match=rf"does not mean what it did when this run was started.*{name}"):
+        fewstep.resume(run, device="cpu")
 
 
 @pytest.mark.parametrize("record", ["state.json", "model.json"])

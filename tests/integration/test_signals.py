@@ -19,6 +19,7 @@ from fewstep.training.loop import StopSignal
 
 SIGNALS_AT = """
 import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from fewstep.cli import main
 from fewstep.cli.progress import Live
 def stepped(self, report):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 DIFFUSERS = {
     "`UNet2DModel`, eps, v or x0": "ddim",
-    "`UNet2DModel`, EDM or consistency": "consistency",
+    "`UNet2DModel`, EDM": "edm",
+    "`UNet2DModel`, consistency": "consistency",
     "`DiTTransformer2DModel`": "dit",
     "`UNet2DConditionModel`, SD 1.x, 2.x": "sd",
     "`UNet2DConditionModel`, SDXL": "sdxl",
@@ -70,6 +73,19 @@ class Mine(torch.nn.Module):
         return self.conv(x) + self.time(t[:, None])[:, :, None, None]
 
 
+def made_folder(request: pytest.FixtureRequest, kind: str) -> Path:
+    folder: Path = request.getfixturevalue("made")(kind)[1]
+    return folder
+
+
+def with_edm(request: pytest.FixtureRequest, work: Path) -> Path:
+    """The class-conditional U-Net with EDM's scheduler."""
+    folder = shutil.copytree(made_folder(request, "consistency"), work / "edm")
+    scheduler = {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
 @pytest.fixture
 def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Denoiser, Path | None]:
     """A teacher of the kind and, if it can be opened from disk, its folder."""
@@ -79,7 +95,7 @@ def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Denoiser, P
         own = Denoiser.from_module(Mine(), process=RectifiedFlow(), prediction="flow", sample_shape=(3, 8, 8))
         return own.eval(), None
     if kind in DIFFUSERS:
-        folder = request.getfixturevalue("made")(DIFFUSERS[kind])[1]
+        folder = with_edm(request, tmp_path) if DIFFUSERS[kind] == "edm" else made_folder(request, DIFFUSERS[kind])
         return _pipelines.small(folder), folder
     name, kwargs = OWN[kind]
     spec = {"name": name, "kwargs": kwargs}
@@ -190,7 +206,8 @@ def guides(teacher: Denoiser, folder: Path | None) -> str:
 
 
 def exports(teacher: Denoiser, folder: Path | None, work: Path) -> str:
-    if type(teacher.backbone).__name__ == "DiffusersNetwork":
+    theirs = type(teacher.backbone).__name__ == "DiffusersNetwork"
+    if theirs and teacher.parametrization.time != "quarter_log":
         fewstep.export(teacher, work / "pipeline")
         assert (work / "pipeline" / "model_index.json").is_file()
         return "diffusers"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -153,6 +154,24 @@ def test_what_is_no_vae_is_said_in_one_sentence(pipeline: Path, tmp_path: Path, 
     with pytest.raises(CheckpointError, match="VAE") as caught:
         codec_of(tmp_path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("damage", ["missing", "mis-shaped"])
+def test_weights_that_do_not_fit_are_listed(pipeline: Path, tmp_path: Path, damage: str) -> None:
+    """Diffusers itself opens such a VAE with random ones in their place."""
+    folder = tmp_path / "vae"
+    shutil.copytree(pipeline / "vae", folder)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load(file.read_bytes())
+    names = ["decoder.conv_out.bias", "encoder.conv_in.weight"]
+    for name in names:
+        weight = state.pop(name)
+        if damage == "mis-shaped":
+            state[name] = weight[:-1].contiguous()
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"The VAE '.*' .*hf download") as caught:
+        codec_of(tmp_path)
+    assert all(name in str(caught.value) for name in names) and "\n" not in str(caught.value)
 
 
 def test_half_precision_weights_alone_are_read_in_full(make_vae: MakeVae, tmp_path: Path, pixels: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.backbones.text import encoders_of
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, ConfigError
 from fewstep.sampling import consistency_sample, jump_sample
 
 WORKER = Path(__file__).resolve().parents[1] / "exports" / "worker.py"
@@ -173,3 +173,78 @@ def test_a_teacher_s_pipeline_that_is_gone(students: dict[str, fewstep.Denoiser]
     with pytest.raises(CheckpointError, match="whose VAE and text encoders belong to this student"):
         fewstep.export(lost, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_index(folder: Path, out: Path, **entries: Any) -> fewstep.Denoiser:
+    """A student of a copy of the teacher whose index says something else once the student is there."""
+    shutil.copytree(folder, out)
+    student = load_student("sd", out)
+    index = json.loads((out / "model_index.json").read_text())
+    (out / "model_index.json").write_text(json.dumps(index | entries))
+    return student
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"text_encoder": ["own_code", "Encoder"]},
+        {"unet": ["own_code", "Network"]},
+        {"_class_name": ["own_code", "Pipeline"]},
+        {"image_encoder": ["os", "system"]},
+        {"tokenizer": ["transformers"]},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_only_known_classes_are_opened(
+    entries: dict[str, Any], teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its index names, the teacher's folder is not handed to diffusers before every entry is known."""
+    diffusers = pytest.importorskip("diffusers")
+    student, opened = with_index(teachers["sd"], tmp_path / "teacher", **entries), []
+    for name, value in entries.items():
+        for place in (tmp_path / "teacher", tmp_path / "teacher" / name):
+            if place.is_dir():
+                (place / f"{value[0]}.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda *a, **k: opened.append(a))
+    with pytest.raises(CheckpointError, match="names a part that is not known here"):
+        fewstep.export(student, tmp_path / "out")
+    assert opened == []
+
+
+def test_code_beside_a_known_class_is_refused(teachers: dict[str, Path], tmp_path: Path) -> None:
+    student = with_index(teachers["sd"], tmp_path / "teacher")
+    (tmp_path / "teacher" / "text_encoder" / "transformers.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ConfigError, match="brings code of its own, which is not run"):
+        fewstep.export(student, tmp_path / "out")
+
+
+def test_the_vae_is_the_student_s(teachers: dict[str, Path], tmp_path: Path) -> None:
+    """Not what lies in the teacher's folder by now; where it was not loaded yet, its hash must fit."""
+    from safetensors.torch import load_file, save_file
+
+    from fewstep.backbones.vae import open_codec
+    from fewstep.weights import tensors_hash
+
+    student = with_index(teachers["sd"], tmp_path / "teacher")
+    file = Path("vae", "diffusion_pytorch_model.safetensors")
+    old = load_file(tmp_path / "teacher" / file)
+    save_file({name: value + 1 for name, value in old.items()}, tmp_path / "teacher" / file)
+    fewstep.export(student, tmp_path / "out")
+    assert tensors_hash(load_file(tmp_path / "out" / file)) == tensors_hash(old)
+    student.codec = open_codec(student.codec.description)  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="is not the one that this model was trained with"):
+        fewstep.export(student, tmp_path / "other")
+
+
+def test_bars_are_left_as_they_were(students: dict[str, fewstep.Denoiser], tmp_path: Path) -> None:
+    logging = pytest.importorskip("diffusers").utils.logging
+    before = logging.is_progress_bar_enabled()
+    try:
+        for number, (wanted, switch) in enumerate(
+            [(False, logging.disable_progress_bar), (True, logging.enable_progress_bar)]
+        ):
+            switch()
+            fewstep.export(students["sd"], tmp_path / str(number))
+            assert logging.is_progress_bar_enabled() is wanted
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from fewstep.objectives import ECD, ECT, MeanFlow
 from fewstep.objectives.bridges import GuidedRay, TeacherStep
 from fewstep.training.config import DataConfig, OptimConfig, RunConfig
 from fewstep.training.student import make_student
+from fewstep.training.synthetic import Sampler
 from fewstep.training.trainer import Trainer
 from fewstep.types import Samples
 from fewstep.world import World
@@ -243,6 +245,15 @@ def test_a_guided_start_needs_an_objective_that_tells_it(tmp_path: Path) -> None
     for objective in (ECT(), ECD(bridge=TeacherStep("euler", 2.0)), MeanFlow()):
         with pytest.raises(ConfigError, match=r"objective says none|cannot be told a landing time"):
             make_student(pretrained("mlp"), config(objective, student=start))
+
+
+def test_a_guided_student_is_no_diffusion_model() -> None:
+    run, few = config(ECD()), student("mlp")
+    source = ArraySource("points", torch.zeros(8, 2), np.arange(8) % CLASSES)
+    with pytest.raises(ConfigError, match="follows a diffusion model, and the teacher is a few-step model"):
+        Trainer(run, pretrained("mlp"), source, World(0, 1, torch.device("cpu")), few)
+    with pytest.raises(ConfigError, match="This is a few-step model, and the samples are to be a diffusion model's"):
+        Sampler(few)
 
 
 def test_the_kind_of_network() -> None:

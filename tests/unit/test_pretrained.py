@@ -477,6 +477,7 @@ def test_an_unreachable_hub_is_asked_once(hub_cache: Path, monkeypatch: pytest.M
     import huggingface_hub
 
     monkeypatch.delenv("FEWSTEP_OFFLINE")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     asked: list[tuple[str, float]] = []
 
     class Session:
@@ -494,6 +495,7 @@ def test_a_hub_that_answers_is_asked_for_the_files(hub_cache: Path, dinov2: Path
     import huggingface_hub
 
     monkeypatch.delenv("FEWSTEP_OFFLINE")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     calls: list[dict[str, Any]] = []
 
     def snapshot_download(name: str, **kwargs: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fewstep.data.lock import LOCK
 from fewstep.data.shards import MANIFEST, ShardWriter, open_shards
 from fewstep.errors import DataError, StorageError
 
@@ -110,6 +112,7 @@ def test_a_kill_loses_only_what_was_not_written(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "set", KEY, TOTAL, PER_SHARD)
     writer.add({"x": X[:40]})
     (tmp_path / "set" / ".shard-00002.safetensors.123.tmp").write_bytes(b"half")
+    del writer  # a process that ends has no locks
     assert ShardWriter(tmp_path / "set", KEY, TOTAL, PER_SHARD).done == 32
     assert sorted(files(tmp_path / "set")) == ["shard-00000.safetensors", "shard-00001.safetensors"]
 
@@ -119,9 +122,10 @@ def test_rows_do_not_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("fewstep.data.shards.time.monotonic", lambda: clock[0])
     writer = ShardWriter(tmp_path / "set", KEY, TOTAL, PER_SHARD)
     writer.add({"x": X[:3]})
-    assert not (tmp_path / "set").exists()
+    assert not list(tmp_path.glob("set/shard-*"))
     clock[0] = 61.0
     writer.add({"x": X[3:5]})
+    del writer
     assert ShardWriter(tmp_path / "set", KEY, TOTAL, PER_SHARD).done == 5
 
 
@@ -155,6 +159,79 @@ def test_the_fingerprint_is_of_key_and_content(tmp_path: Path) -> None:
     assert re.fullmatch("[0-9a-f]{64}", first)
     assert made("b", {"l": 2, "k": 1}) == first
     assert len({first, made("c", {"k": 2, "l": 2}), made("d", {"k": 1, "l": 2}, last=3)}) == 3
+
+
+# ---- two writers
+
+
+def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is told what to do, and changes nothing; it may write when the first has closed, however it did."""
+    monkeypatch.setattr("fewstep.data.lock.PATIENCE", 0.0)
+    folder = tmp_path / "set"
+    with ShardWriter(folder, KEY, TOTAL, PER_SHARD) as first:
+        first.add({"x": X[:20]})
+        first.flush()
+        before = files(folder)
+        with pytest.raises(DataError, match=r"Another process is writing .*set'\. Wait for it, or choose another fold"):
+            ShardWriter(folder, KEY, TOTAL, PER_SHARD)
+        assert files(folder) == before
+        first.add({"x": X[20:40]})
+    with pytest.raises(DataError, match="other settings") as kept:
+        ShardWriter(folder, KEY | {"seed": 4}, TOTAL, PER_SHARD)
+    with pytest.raises(KeyboardInterrupt), ShardWriter(folder, KEY, TOTAL, PER_SHARD):
+        raise KeyboardInterrupt
+    with ShardWriter(folder, KEY, TOTAL, PER_SHARD) as last:
+        last.add({"x": X[40:TOTAL]})
+    assert torch.equal(open_shards(folder).read("x", np.arange(TOTAL)), X[:TOTAL])
+    assert not (folder / LOCK).exists() and kept.tb is not None  # in which the refused writer lives on
+
+
+def test_another_process_is_waited_for_a_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that look at a finished cache at the same moment both get it."""
+    first = ShardWriter(tmp_path / "set", KEY, TOTAL, PER_SHARD)
+    monkeypatch.setattr("fewstep.data.lock.time.sleep", lambda seconds: first.close())
+    assert fill(tmp_path / "set") == 0
+
+
+def test_a_lock_that_is_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened before the first writer's end removed it, locked after: that would exclude nobody."""
+    folder, flock, seen = tmp_path / "set", fcntl.flock, list[int]()
+
+    def late(file: int, how: int) -> None:
+        flock(file, how)
+        if not seen:
+            (folder / LOCK).unlink()
+        seen.append(file)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    writer = ShardWriter(folder, KEY, TOTAL, PER_SHARD)
+    assert (len(seen), (folder / LOCK).exists()) == (2, True)
+    writer.close()
+
+
+def test_where_files_cannot_be_locked_the_last_manifest_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: int, how: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    folder = tmp_path / "set"
+    slow = ShardWriter(folder, KEY, TOTAL, PER_SHARD)
+    slow.add({"x": X[:5]})
+    with ShardWriter(folder, KEY, TOTAL, PER_SHARD) as fast:
+        fast.add({"x": X[:TOTAL]})
+    slow.add({"x": X[50 : 50 + TOTAL - 5]})  # on another device: not the same bits
+    slow.close()
+    assert torch.equal(open_shards(folder).read("x", np.arange(5, TOTAL)), X[50 : 50 + TOTAL - 5])
+
+
+def test_a_manifest_of_another_number_is_written_anew(whole: Path) -> None:
+    before, path = files(whole), whole / MANIFEST
+    path.write_text(path.read_text().replace(f'"count": {TOTAL}', '"count": 40'))
+    assert len(open_shards(whole)) == 40
+    assert fill(whole) == TOTAL
+    assert files(whole) == before
 
 
 # ---- what cannot be used

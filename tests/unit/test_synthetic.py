@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import EDM, Denoiser, Parametrization, ode_sample
+from fewstep import EDM, Denoiser, Parametrization, RectifiedFlow, ode_sample
 from fewstep.conditioning import Part
 from fewstep.data import View, decode, open_source
 from fewstep.data.shards import ShardWriter, open_shards
@@ -183,7 +185,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
     generate(model, tmp_path / "once", 32, nfe=3, batch_size=6)
     with monkeypatch.context() as patch:
         if killed:
-            patch.setattr(ShardWriter, "__exit__", lambda self, *error: None)
+            patch.setattr(ShardWriter, "__exit__", lambda self, *error: self._unlock())
         with pytest.raises(Stop):
             generate(model, tmp_path / "often", 32, nfe=3, batch_size=6, on_progress=stopping(at))
     begun = ShardWriter(tmp_path / "often", Sampler(model, 3).key, 32).done
@@ -219,6 +221,39 @@ def test_another_teacher_does_not_go_on(tmp_path: Path) -> None:
         DataError, match=r"was made with other settings\. Got: teacher '[0-9a-f]{64}'\. Wanted: teacher"
     ):
         generate(other, tmp_path / "s", 8, nfe=3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.with_parametrization(replace(m.parametrization, prediction="trig")),
+        lambda m: m.with_parametrization(replace(m.parametrization, sigma_data=0.7)),
+        lambda m: setattr(m, "sigma_min", 0.01),
+        lambda m: setattr(m, "value_range", (0.0, 1.0)),
+        lambda m: setattr(m, "native", RectifiedFlow()),
+        lambda m: setattr(m, "spec", {"name": "other", "kwargs": {"heads": 2}}),
+        lambda m: setattr(m, "codec", SimpleNamespace(description={"folder": "a", "sha256": "0"})),
+    ],
+)
+def test_the_same_weights_in_another_meaning_do_not_go_on(
+    tmp_path: Path, change: Callable[[Denoiser], Denoiser | None]
+) -> None:
+    model, other = teacher(), teacher()
+    other = change(other) or other
+    assert Sampler(model).key == Sampler(teacher()).key
+    generate(model, tmp_path / "s", 4, nfe=3)
+    with pytest.raises(DataError, match=r"other settings\. Got: meaning '[0-9a-f]{64}'\. Wanted: meaning '"):
+        generate(other, tmp_path / "s", 8, nfe=3)
+    assert TeacherSource(model, "cpu").fingerprint != TeacherSource(other, "cpu").fingerprint
+
+
+def test_where_the_vae_is_means_nothing() -> None:
+    keys = []
+    for folder, sha256 in (("a", "0"), ("b", "0"), ("a", "1")):
+        model = teacher(shape=(4, 2, 2))
+        vars(model)["codec"] = SimpleNamespace(description={"folder": folder, "sha256": sha256})
+        keys.append(Sampler(model).key)
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_modes_are_as_before(tmp_path: Path) -> None:

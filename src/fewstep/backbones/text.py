@@ -30,7 +30,7 @@ CLIP_TOKENS, SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 256, 512
 """Lengths that the pipelines pad to (CLIP's only where the tokenizer does not say it)."""
 
 INSTALL = "Run `pip install 'fewstep[hf]'`"
-_CLASSES = (
+CLASSES = (
     "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel",
     "CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast",
 )  # fmt: skip
@@ -87,9 +87,9 @@ def text_parts(folder: str | Path, network: Mapping[str, Any]) -> tuple[Part, ..
     return (text,) if pooled is None else (text, Part("pooled", (pooled,)))
 
 
-def null_row(folder: str | Path) -> Tensor:
+def null_row(folder: str | Path, size: Sequence[int] | None = None) -> Tensor:
     """The row ``[width]`` of the empty prompt: what the pipeline guides away from (SDXL's may be zeros)."""
-    return TextEncoders(folder).nothing()
+    return TextEncoders(folder, size=size).nothing()
 
 
 def encoders_of(denoiser: Denoiser, device: torch.device | None = None) -> TextEncoders:
@@ -99,10 +99,11 @@ def encoders_of(denoiser: Denoiser, device: torch.device | None = None) -> TextE
         ConfigError: it names none, or they make other rows than it takes.
         CheckpointError: they are gone.
     """
-    folder = (denoiser.text or {}).get("pipeline")
+    text = denoiser.text or {}
+    folder = text.get("pipeline")
     if folder is None:
         raise ConfigError("This model does not say where its text encoders are", want="text={'pipeline': FOLDER}")
-    encoders = TextEncoders(folder, denoiser.device if device is None else device)
+    encoders = TextEncoders(folder, denoiser.device if device is None else device, size=text.get("size"))
     if encoders.conditioning != denoiser.conditioning:
         raise ConfigError(
             f"The text encoders in '{folder}' make other embeddings than this model was trained with",
@@ -124,14 +125,18 @@ class TextEncoders:
     Args:
         folder: a diffusers pipeline of Stable Diffusion 1, 2, XL, 3 or Flux.
         device: where to encode.
+        size: height and width of the images, in pixels, where it is not the one that the network was made for; only
+            SDXL is told.
 
     Raises:
         CheckpointError: no pipeline, or one without its tokenizers, encoders or safetensors weights.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, device: torch.device | str = "cpu", *, size: Sequence[int] | None = None
+    ) -> None:
         self.folder, self.device = Path(folder).expanduser(), torch.device(device)
-        self._family = _family(self.folder)
+        self._family, self._size = _family(self.folder), size
         self._index = _json(self.folder / "model_index.json")
         self._network = _json(self.folder / self._family.network / "config.json")
         self._present = [name for name in self._family.components if self._has(name)]
@@ -185,6 +190,9 @@ class TextEncoders:
         """SDXL: original height and width, top and left of the crop, target height and width; all of the image."""
         if self._family is not _SDXL:
             return []
+        if self._size is not None:
+            height, width = map(float, self._size)
+            return [height, width, 0.0, 0.0, height, width]
         size, vae = self._network["sample_size"], self.folder / "vae" / "config.json"
         factor = 2 ** (len(_json(vae)["block_out_channels"]) - 1) if vae.is_file() else 8
         height, width = (float(side * factor) for side in ((size, size) if isinstance(size, int) else size))
@@ -221,8 +229,8 @@ class TextEncoders:
                 f"The pipeline '{self.folder}' has no {what}, which its prompts need",
                 do=f"Fetch it again, whole: hf download NAME --local-dir {self.folder}",
             )
-        if library != "transformers" or kind not in _CLASSES:
-            known = ", ".join(_CLASSES)
+        if library != "transformers" or kind not in CLASSES:
+            known = ", ".join(CLASSES)
             raise CheckpointError(f"The {what} of '{self.folder}' is of no known kind", got=kind, want=known)
         if name in self._family.encoders and not any((self.folder / name).glob("*.safetensors")):
             raise CheckpointError(

@@ -213,15 +213,21 @@ def _open(folder: Path) -> Any:
         ) from error
     whole = any((folder / f"{WEIGHTS}.safetensors{ending}").is_file() for ending in ("", ".index.json"))
     try:
-        vae = getattr(diffusers, name).from_pretrained(
+        vae, info = getattr(diffusers, name).from_pretrained(
             str(folder), variant=None if whole else "fp16", use_safetensors=True, local_files_only=True,
-            low_cpu_mem_usage=False,
+            low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # someone else's code may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             f"The VAE '{folder}' cannot be opened: {reason}", do="Download it again: hf download NAME"
         ) from error
+    lacking = {"missing": info["missing_keys"], "of another shape": [key[0] for key in info["mismatched_keys"]]}
+    found = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in lacking.items() if names)
+    if found:
+        raise CheckpointError(
+            f"The VAE '{folder}' lacks weights of a {name}", got=found, do="Download it again: hf download NAME"
+        )
     return vae.float().eval().requires_grad_(False)
 
 

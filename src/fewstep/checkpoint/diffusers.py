@@ -95,7 +95,9 @@ def load_diffusers(where: Any, *, scheduler: Mapping[str, Any] | None = None, si
             f"The network of {found.name} does not say how large its samples are",
             do="Write its sample_size into its config.json, or say it: load_diffusers(..., side=32)",
         )
-    parts, nothing = found.text(config) if kind.parts(config) else ((), None)
+    codec = found.codec(shape)
+    size = None if side is None else list((shape if codec is None else codec.image_shape(shape))[1:])
+    parts, nothing = found.text(config, size) if kind.parts(config) else ((), None)
     spec = {
         "name": "diffusers",
         "kwargs": {"kind": found.kind, "config": config, "parts": [[part.name, list(part.shape)] for part in parts]},
@@ -105,13 +107,12 @@ def load_diffusers(where: Any, *, scheduler: Mapping[str, Any] | None = None, si
     load_weights(backbone.network, _renamed(found.weights, backbone.network), found.name)
     if nothing is not None:
         backbone.null_cond.copy_(nothing)
-    codec = found.codec(shape)
     p = schedule.parametrization(PIXELS if codec is None else LATENTS)
     limit = math.inf if isinstance(schedule.process, EDM) else MOST * p.sigma_data
     return Denoiser(
         backbone, schedule.process, p, sample_shape=shape, num_classes=0 if parts else kind.classes(config),
         parts=parts, sigma_min=schedule.sigma_min, sigma_max=min(schedule.sigma_max, limit), spec=spec, codec=codec,
-        text={"pipeline": str(found.folder)} if parts else None,
+        text={"pipeline": str(found.folder)} | ({} if size is None else {"size": size}) if parts else None,
     ).eval()  # fmt: skip
 
 
@@ -138,14 +139,14 @@ class _Found:
             do="Give the whole pipeline, a folder with model_index.json and vae/: hf download NAME",
         )
 
-    def text(self, config: Mapping[str, Any]) -> tuple[tuple[Part, ...], Tensor]:
+    def text(self, config: Mapping[str, Any], size: list[int] | None) -> tuple[tuple[Part, ...], Tensor]:
         """The parts of a row and the row of the empty prompt."""
         if self.folder is None or not (self.folder / INDEX).is_file():
             raise CheckpointError(
                 f"The network of {self.name} is told text, and there is no folder with its tokenizer and text encoder",
                 do="Give the folder of a whole pipeline; save an open one: pipeline.save_pretrained(FOLDER)",
             )
-        return text_parts(self.folder, config), null_row(self.folder)
+        return text_parts(self.folder, config), null_row(self.folder, size)
 
 
 def _folder(where: str | Path, *, fetch: bool = True) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ from fewstep.process import AnyProcess
 from fewstep.weights import load_weights, tensors_hash
 
 KIND = "fewstep-model"
+
+MEANING = (
+    "native", "parametrization", "sample_shape", "num_classes", "sigma_min", "sigma_max", "value_range",
+    "sampler", "sampler_times",
+)  # fmt: skip
+"""The fields of :class:`ModelConfig` that :func:`meaning` reads."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,15 @@ def describe(denoiser: Denoiser) -> dict[str, Any]:
         None if d.codec is None else d.codec.description, d.text,
     )  # fmt: skip
     return header(KIND) | to_dict(config)
+
+
+def meaning(description: dict[str, Any]) -> dict[str, Any]:
+    """What a description says of how the network's input and output are to be understood, as JSON reads it back.
+
+    That is in no weight and in no path. What an older description does not say is not in it.
+    """
+    told: dict[str, Any] = json.loads(json.dumps({name: description[name] for name in MEANING if name in description}))
+    return told
 
 
 def rebuild(description: dict[str, Any], source: str, network: Denoiser | None = None) -> Denoiser:

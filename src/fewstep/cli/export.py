@@ -33,7 +33,9 @@ def export(
     ] = None,
     push: Annotated[
         str | None,
-        Parameter(group=HUB, help="OWNER/NAME: show what would be uploaded there; an --out exported before is taken."),
+        Parameter(
+            group=HUB, help="OWNER/NAME: show what would be uploaded there; an --out with the same export is taken."
+        ),
     ] = None,
     yes: Annotated[bool, Parameter(group=HUB, negative="", help="Upload it.", show_default=False)] = False,
     private: Annotated[
@@ -62,7 +64,7 @@ def export(
     """
     from fewstep.cli.options import open_network
     from fewstep.errors import ConfigError
-    from fewstep.exports.export import ABOUT
+    from fewstep.exports.export import ABOUT, check_exported
     from fewstep.exports.export import export as write
     from fewstep.exports.push import is_export
 
@@ -72,11 +74,14 @@ def export(
     own = open_network(model) if ".py:" in model else None
     target = out or Path(f"{Path(model.partition(':')[0]).with_suffix('') if own else model.rstrip('/')}-{to}")
     before = push is not None and is_export(target)
-    if not before:
-        again = open_network(network) if network is not None else None
-        write(own if own is not None else model, target, to, weights=weights, network=again, licence=licence)
-    elif licence is not None:
+    if before and licence is not None:
         raise ConfigError(f"'{target}' was exported before, with its licence", do="Remove it, or leave --licence out")
+    again = open_network(network) if network is not None else None
+    source = own if own is not None else model
+    if before:
+        check_exported(target, source, to, weights=weights, network=again)
+    else:
+        write(source, target, to, weights=weights, network=again, licence=licence)
     about = _read(target / ABOUT)
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     found = f"Exported before: {target}" if before else f"Wrote {target}"

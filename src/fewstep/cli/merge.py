@@ -38,7 +38,7 @@ def merge(
     from fewstep.checkpoint.model import load, save_model
     from fewstep.cli.options import open_network
     from fewstep.errors import ConfigError
-    from fewstep.training.past import read_run
+    from fewstep.training.past import provenance, read_run
 
     output = Output(quiet, json)
     config = read_run(run)
@@ -47,7 +47,7 @@ def merge(
     if out.exists():
         raise ConfigError(f"The output '{out}' already exists", do="Choose another --out")
     model = load(run, weights=weights, network=None if network is None else open_network(network))
-    save_model(model, out, {"run": str(run), "weights": weights, "teacher": config.teacher})
+    save_model(model, out, provenance(config) | {"run": str(run), "weights": weights})
     output.say(f"Wrote {out}. Next: fewstep sample {out} --steps 2 -n 64 --out samples.png")
     output.result({"model": str(out), "weights": weights})
     return 0

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.codec import write_file
+from fewstep.data.lock import lock, unlock
 from fewstep.errors import DataError
 
 FORMAT = "fewstep-shards"
@@ -75,7 +77,8 @@ class _Header:
 class ShardWriter:
     """Writes rows into a folder, or goes on where an earlier writer of the same set stopped.
 
-    Use it in one process, as a context: leaving it, by an error or Ctrl-C too, keeps every row that was added. ::
+    Use it as a context: leaving it, by an error or Ctrl-C too, keeps every row that was added. One process at a time
+    writes: the folder is locked (where its disk can lock files) until the writer is closed, or gone. ::
 
         with ShardWriter(folder, {"teacher": digest, "seed": 0}, total) as writer:
             for start in range(writer.done, total, 256):
@@ -91,7 +94,8 @@ class ShardWriter:
         rows_per_shard: default: as many as make 128 MiB.
 
     Raises:
-        DataError: the folder holds another set, other files, more rows than ``total``, or a damaged shard.
+        DataError: the folder holds another set, other files, more rows than ``total``, or a damaged shard; or another
+            process is writing into it.
         StorageError: (while writing) the disk refused; rows written before are kept.
     """
 
@@ -106,8 +110,14 @@ class ShardWriter:
         self._form: dict[str, Any] | None = None
         self._state: tuple[int, list[Rows]] = (0, [])
         """Full shards on the disk and the rows after them, changed in one assignment: Ctrl-C comes before or after."""
-        self._saved, self._saved_at = 0, time.monotonic()
-        self._continue()
+        self._saved, self._saved_at, self._wrote = 0, time.monotonic(), False
+        self._refuse_others()
+        self._unlock = weakref.finalize(self, unlock, lock(self._folder), self._folder)
+        try:
+            self._continue()
+        except BaseException:
+            self._unlock()
+            raise
 
     @property
     def done(self) -> int:
@@ -148,10 +158,15 @@ class ShardWriter:
             self._write(full, _join(waiting))
 
     def close(self) -> None:
-        """Write what waits and, if the set is whole, its manifest."""
-        self.flush()
-        if self.done < self._total or (self._folder / MANIFEST).is_file():
-            return
+        """Write what waits and, if the set is whole, its manifest; let others write."""
+        try:
+            self.flush()
+            if self.done == self._total and (self._wrote or not (self._folder / MANIFEST).is_file()):
+                self._write_manifest()
+        finally:
+            self._unlock()
+
+    def _write_manifest(self) -> None:
         shards = range(-(-self._total // (self._rows_per_shard or 1)))
         hashes = [_file_hash(self._folder / _shard_name(i)) for i in shards]
         fingerprint = hashlib.sha256("\n".join(hashes).encode())  # the key is in every shard
@@ -173,7 +188,8 @@ class ShardWriter:
 
     def _continue(self) -> None:
         """Take up the shards that are there, up to the first gap."""
-        self._refuse_others()
+        for left in (*self._folder.glob(".shard-*.tmp"), *self._folder.glob(f".{MANIFEST}*.tmp")):
+            left.unlink(missing_ok=True)  # of a writer that was killed
         while (path := self._folder / _shard_name(self._state[0])).is_file():
             header = _read_header(path)
             self._check_key(header.key)
@@ -187,8 +203,12 @@ class ShardWriter:
             do = "Use the whole set, or choose another folder"
             raise DataError(f"The set '{self._folder}' has more rows already", got=self.done, want=self._total, do=do)
         manifest = self._folder / MANIFEST
-        if manifest.is_file() and (self.done < self._total or open_shards(self._folder).key != self._key):
+        if manifest.is_file() and (self.done < self._total or not self._is_told(open_shards(self._folder))):
             manifest.unlink()  # not what the folder holds from here on
+
+    def _is_told(self, shards: Shards) -> bool:
+        """Whether a manifest is of this set, as far as it says; contents are compared when they are read."""
+        return (len(shards), shards.key) == (self._total, self._key)
 
     def _refuse_others(self) -> None:
         if self._folder.exists() and not self._folder.is_dir():
@@ -198,9 +218,6 @@ class ShardWriter:
         if others:
             do = "Choose a new or empty folder"
             raise DataError(f"The folder '{self._folder}' holds other files", got=others[0], do=do)
-        for name in present:
-            if name.startswith((".shard-", f".{MANIFEST}")) and name.endswith(".tmp"):  # of a writer that was killed
-                (self._folder / name).unlink(missing_ok=True)
 
     def _check_key(self, key: dict[str, Any]) -> None:
         names = sorted(n for n in key.keys() | self._key.keys() if key.get(n) != self._key.get(n))
@@ -217,6 +234,7 @@ class ShardWriter:
         plain = {name: tensor.contiguous() for name, tensor in rows.items()}
         content = safetensors.torch.save(plain, metadata={"fewstep": json.dumps(about, sort_keys=True)})
         write_file(self._folder / _shard_name(number), lambda file: file.write(content))
+        self._wrote = True
         self._saved, self._saved_at = number * (self._rows_per_shard or 0) + _count(rows), time.monotonic()
 
 

@@ -210,7 +210,7 @@ def open_pipeline(where: str, device: torch.device | str = "cpu") -> Callable[..
         raise ConfigError(
             f"{what} needs diffusers, which is not installed", do="Run: pip install 'fewstep[hf]'"
         ) from error
-    _refuse_code(index, what)
+    refuse_code(index, what)
     place = str(local) if local.is_dir() else where
     try:
         with quiet(diffusers.utils.logging, CRITICAL):
@@ -234,7 +234,7 @@ def _downloaded(hub_id: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _refuse_code(index: Path, what: str) -> None:
+def refuse_code(index: Path, what: str) -> None:
     """diffusers runs, unasked, the Python files that the index of a pipeline on this machine names.
 
     Raises:

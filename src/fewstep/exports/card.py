@@ -110,6 +110,12 @@ def _with_graph(about: Mapping[str, Any]) -> Iterable[str]:
         f"{batches}."
     )
     yield f"```python\n{loop(about)}\n```"
+    elsewhere = [what for what, is_so in (("VAE", about["latents"]), ("text encoders", about["parts"])) if is_so]
+    if about["to"] == "torch" and elsewhere:
+        yield (
+            f"The {' and the '.join(elsewhere)} are not in this directory: `config.json` names their folders on the "
+            "machine that exported it (`codec.folder`, `text.pipeline`), in full. Put yours there for `fewstep sample`."
+        )
     if about["parts"]:
         parts = ", ".join(f"{part['name']} {part['shape']}" for part in about["parts"])
         yield f"A row of `cond` holds the embeddings of a prompt, flattened, one after the other: {parts}."
@@ -126,7 +132,7 @@ def _provenance(origin: Origin) -> Iterable[str]:
         return
     yield _table(["", ""], [[str(name), str(value)] for name, value in pairs])
     if origin.record is not None and origin.record.command:
-        yield f"Command, as it was typed:\n\n```\n{origin.record.command}\n```"
+        yield f"Command, as it was typed, of paths the last names:\n\n```\n{origin.record.command}\n```"
 
 
 def _measured(record: Record | None) -> Iterable[str]:

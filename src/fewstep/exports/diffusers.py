@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.hf import complete, kind_of, library
+from fewstep.backbones.hf_kinds import KINDS
+from fewstep.backbones.text import CLASSES as TEXT_CLASSES
 from fewstep.backbones.text import quiet
+from fewstep.backbones.vae import CLASSES as VAE_CLASSES
 from fewstep.backbones.vae import VaeCodec
 from fewstep.denoiser import Denoiser
 from fewstep.errors import CheckpointError, ConfigError
+from fewstep.evaluation.pipelines import INDEX, refuse_code
+from fewstep.evaluation.pretrained import quiet as quiet_of
 from fewstep.exports.graph import TOLERANCE, example_inputs
 from fewstep.exports.stepping import Stepping, stepping_of
 from fewstep.process import EDM, expand
@@ -41,6 +47,17 @@ PIPELINES: dict[tuple[str, str], tuple[str, bool]] = {
 }
 """Network and scheduler -> pipeline, and whether its call passes noise levels on to the scheduler; with SDXL's
 conditions StableDiffusionPipeline is StableDiffusionXLPipeline."""
+
+_EYES = (
+    "CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPVisionModelWithProjection", "SiglipImageProcessor",
+    "SiglipVisionModel",
+)  # fmt: skip
+KNOWN = {
+    *(("transformers", name) for name in (*TEXT_CLASSES, *_EYES)),
+    *(("diffusers", name) for name in (*KINDS, *VAE_CLASSES)),
+    ("stable_diffusion", "StableDiffusionSafetyChecker"),
+}
+"""What the index of a teacher's pipeline may name as (library, class), beside diffusers' own schedulers."""
 
 
 def write_pipeline(denoiser: Denoiser, folder: Path) -> dict[str, Any]:
@@ -191,46 +208,70 @@ def _one_step(denoiser: Denoiser, network: Any, scheduler: Any, kind: str, x: Te
 def _save(denoiser: Denoiser, pipeline: str, network: Any, scheduler: Any, folder: Path) -> None:
     name = "unet" if type(network).__name__.startswith("UNet") else "transformer"
     parts: dict[str, Any] = {name: network, "scheduler": scheduler}
+    if isinstance(denoiser.codec, VaeCodec):
+        parts["vae"] = denoiser.codec.network  # whose hash was checked
     made = getattr(library(), pipeline)
-    if denoiser.text is not None:
-        whole = _with_text(made, Path(denoiser.text["pipeline"]), parts)
-    elif isinstance(denoiser.codec, VaeCodec):
-        whole = made(**parts, vae=denoiser.codec.network)
-    else:
-        whole = made(**parts)
+    whole = made(**parts) if denoiser.text is None else _with_text(made, Path(denoiser.text["pipeline"]), parts)
     whole.save_pretrained(folder, safe_serialization=True)
 
 
 def _with_text(made: Any, teacher: Path, parts: dict[str, Any]) -> Any:
-    """The teacher's pipeline with another network and scheduler; its own network is not read."""
+    """The teacher's pipeline with another network, scheduler and VAE; its own are not read."""
+    index = _known_index(teacher)
     weights = list(teacher.glob("text_encoder*/*.safetensors"))
     half = bool(weights) and all(".fp16." in file.name for file in weights)
     options = {"local_files_only": True, "use_safetensors": True, "variant": "fp16" if half else None}
     try:
-        index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
         left_out = {name: None for name, value in index.items() if value == [None, None]}  # SD3 without its T5
         with quiet():
             return made.from_pretrained(str(teacher), **left_out, **parts, **options)
     except Exception as error:  # someone else's code may raise anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"The pipeline '{teacher}', whose VAE and text encoders belong to this student, cannot be opened",
-            got=reason,
-            do="Put it back where it was when the student was tuned: hf download NAME --local-dir FOLDER",
-        ) from error
+        raise _cannot_be_opened(teacher, error) from error
+
+
+def _known_index(teacher: Path) -> Mapping[str, Any]:
+    """The index of the teacher's pipeline, which names nothing but known classes: diffusers imports what it names.
+
+    Raises:
+        CheckpointError: it is gone or damaged, or names something else.
+        ConfigError: there is code in the folder that diffusers would run.
+    """
+    file = teacher / INDEX
+    try:
+        index = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _cannot_be_opened(teacher, error) from error
+    for name, value in index.items():
+        if isinstance(value, list | dict) and not (name != "_class_name" and _is_known(value)):
+            raise CheckpointError(
+                f"The index '{file}' names a part that is not known here, so it is not opened",
+                got=f"{name}: {value}",
+                want="classes of diffusers and transformers",
+            )
+    refuse_code(file, f"The pipeline '{teacher}'")
+    return index
+
+
+def _is_known(value: Any) -> bool:
+    """Whether an entry of an index names nothing, or a class that may be opened."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    source, name = value
+    own = source == "diffusers" and isinstance(name, str) and name.isidentifier() and name.endswith("Scheduler")
+    return value == [None, None] or own or (str(source), str(name)) in KNOWN
+
+
+def _cannot_be_opened(teacher: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"The pipeline '{teacher}', whose VAE and text encoders belong to this student, cannot be opened",
+        got=next(iter(str(error).strip().splitlines()), type(error).__name__),
+        do="Put it back where it was when the student was tuned: hf download NAME --local-dir FOLDER",
+    )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without bars and warnings of diffusers."""
-    logging = library().utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
+    with quiet_of(library().utils.logging, ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

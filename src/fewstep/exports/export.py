@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from fewstep.backbones.lora import merged
 from fewstep.checkpoint.model import describe as describe_model
-from fewstep.checkpoint.model import load
-from fewstep.checkpoint.store import header, new_directory, write_json, write_tensors, write_text
+from fewstep.checkpoint.model import load, weights_hash
+from fewstep.checkpoint.store import header, new_directory, read_json, write_json, write_tensors, write_text
 from fewstep.config import to_dict
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, nearest
@@ -61,15 +61,49 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"The output '{target}' already exists and is not empty", do="Choose another --out")
     denoiser = run if isinstance(run, Denoiser) else load(run, weights=weights, network=network)
+    source = source_of(run, denoiser, weights)
     denoiser = portable(merged(denoiser))
     origin = origin_of(None if isinstance(run, Denoiser) else Path(run), licence)
     with new_directory(target) as folder:
-        about = describe(denoiser, to) | _WRITERS[to](denoiser, folder) | {"licence": origin.licence}
+        about = describe(denoiser, to) | _WRITERS[to](denoiser, folder) | source | {"licence": origin.licence}
         write_json(folder / ABOUT, about)
         write_text(folder / CARD, card(target.name, about, origin))
         for file in folder.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors keeps its files to their owner
     return target
+
+
+def source_of(run: str | Path | Denoiser, denoiser: Denoiser, weights: str) -> dict[str, Any]:
+    """What ``fewstep.json`` says of the model that was exported: last name, which weights, and their sha256."""
+    name = "" if isinstance(run, Denoiser) else Path(run).resolve().name
+    return {"source": name, "weights": weights, "sha256": weights_hash(denoiser)}
+
+
+def check_exported(
+    folder: Path, run: str | Path | Denoiser, to: Format, *, weights: str = "ema", network: Denoiser | None = None
+) -> None:
+    """Refuse the export in ``folder`` if it is not that of ``run``: arguments as for :func:`export`.
+
+    Raises:
+        ConfigError: it is of another model, or in another format, or of other weights.
+        CheckpointError: ``run`` cannot be loaded.
+    """
+    about = read_json(folder / ABOUT, KIND)
+    denoiser = run if isinstance(run, Denoiser) else load(run, weights=weights, network=network)
+    asked = source_of(run, denoiser, weights) | {"to": to}
+    differ = [name for name in ("to", "weights", "sha256") if about.get(name) != asked[name]]
+    if differ:
+        raise ConfigError(
+            f"'{folder}' holds another export than is asked for",
+            got=_in_words(about, differ),
+            want=_in_words(asked, differ),
+            do="Export again to another --out",
+        )
+
+
+def _in_words(about: dict[str, Any], names: list[str]) -> str:
+    said = {"to": "--to", "weights": "--weights", "sha256": f"weights of '{about.get('source', 'unknown')}', sha256"}
+    return ", ".join(f"{said[name]} {str(about.get(name, 'unknown'))[:12]}" for name in names)
 
 
 def describe(denoiser: Denoiser, to: Format) -> dict[str, Any]:

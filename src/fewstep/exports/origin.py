@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,13 @@ from fewstep.checkpoint.hub import is_hub_id
 from fewstep.evaluation.record import Record, read_record
 
 UNKNOWN = "unknown"
+
+_FOLDERS = ("/", "~", "./", "../")
+_INSIDE = re.compile(r"""(?<![^\s"'(=:])~?/[^\s"'(),;:#]+""")
+"""An absolute path in a sentence."""
+
+_CHUNK = re.compile(r"""[^:=#"']+""")
+"""What may be a path in a word of a command, such as ``data.source=hf:FOLDER#column``."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,14 @@ def origin_of(path: Path | None, licence: str | None = None) -> Origin:
     provenance = _provenance(path)
     teacher = str((record.config if record is not None else provenance).get("teacher") or "")
     if record is not None:
-        record = replace(record, config=_published(record.config), facts=_published(record.facts))
+        config, facts, results = map(published, (record.config, record.facts, record.results))
+        command = published_command(record.command, {name for name in config.values() if isinstance(name, str)})
+        record = replace(record, config=config, facts=facts, results=results, command=command)
     base = teacher if teacher and not Path(teacher).exists() and is_hub_id(teacher) else None
     asked = {"whoever exported it": licence, "the card of the model": licence_of(path)}
     asked["the card of its teacher"] = licence_of(Path(teacher)) if teacher else None
     said_by, known = next(((who, said) for who, said in asked.items() if said), ("", UNKNOWN))
-    return Origin(record, _published(provenance), base, known, said_by)
+    return Origin(record, published(provenance), base, known, said_by)
 
 
 def _provenance(path: Path | None) -> dict[str, Any]:
@@ -83,10 +94,36 @@ def licence_of(path: Path | None) -> str | None:
     return str(said) if said and said != UNKNOWN else None
 
 
-def _published(value: Any) -> Any:
-    """Without the folders of whoever exports: absolute paths become their last name."""
+def published(value: Any) -> Any:
+    """JSON without the folders of whoever exports: of paths, also of those behind ``kind:``, the last name is left.
+
+    >>> published({"teacher": "/home/me/run", "data": "hf:/home/me/cats#text", "base": "owner/name"})
+    {'teacher': 'run', 'data': 'hf:cats#text', 'base': 'owner/name'}
+    """
     if isinstance(value, Mapping):
-        return {name: _published(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_published(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        return {name: published(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [published(inner) for inner in value]
+    return _shortened(value) if isinstance(value, str) and "://" not in value else value
+
+
+def _shortened(text: str) -> str:
+    kind, colon, rest = text.partition(":")
+    if colon and "/" not in kind:
+        return f"{kind}:{_shortened(rest)}"
+    if text.startswith(_FOLDERS) or ("/" in text and Path(text.partition("#")[0]).exists()):
+        return Path(text).name
+    return _INSIDE.sub(lambda found: Path(found[0]).name, text)
+
+
+def published_command(command: str, names: Collection[str]) -> str:
+    """A command whose words lose their folders, relative ones, too, unless they are among ``names``."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a lone quote
+        words = command.split()
+    return shlex.join(word if word in names or "://" in word else _CHUNK.sub(_last_name, word) for word in words)
+
+
+def _last_name(chunk: re.Match[str]) -> str:
+    return Path(chunk[0]).name if "/" in chunk[0] else chunk[0]

@@ -27,6 +27,7 @@ from fewstep.evaluation.report import Picture, report_run, step_dial_png
 from fewstep.sampling import ode_sample_nfe, possible_among, sample
 from fewstep.training.frozen import base_path
 from fewstep.training.loop import GRID_STEPS, Watcher, peak_memory
+from fewstep.training.past import provenance
 from fewstep.training.synthetic import compared_with, origin, standing
 from fewstep.training.trainer import Trainer
 
@@ -37,9 +38,8 @@ def finish(
     """Write ``model/`` (and ``adapter/``), evaluate model and teacher, write ``results.json`` and the report."""
     config = trainer.config
     model = merged(trainer.averages[0])
-    provenance = {
+    about = provenance(config) | {
         "recipe": config.recipe,
-        "teacher": config.teacher,
         "data": trainer.source.name,
         "images": trainer.images_seen,
     }
@@ -47,7 +47,7 @@ def finish(
         save_adapter(trainer.averages[0], run / "adapter", base_path(config))
         watcher.saved(run / "adapter")
     if "model" in config.models:
-        save_model(model, run / "model", provenance)
+        save_model(model, run / "model", about)
         watcher.saved(run / "model")
     pictures: list[Picture] = []
     results, net = None, None
@@ -151,8 +151,8 @@ def known_of(teacher: Path) -> dict[str, Any]:
     for folder in (teacher, teacher / "model"):
         config, weights = folder / "config.json", folder / "model.safetensors"
         if config.is_file() and weights.is_file():
-            provenance = json.loads(config.read_text(encoding="utf-8")).get("provenance") or {}
-            return {"provenance": provenance, "sha256": file_hash(weights)}
+            about = json.loads(config.read_text(encoding="utf-8")).get("provenance") or {}
+            return {"provenance": about, "sha256": file_hash(weights)}
     return {}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewstep.checkpoint.model import KIND as MODEL_KIND
+from fewstep.checkpoint.store import read_json
 from fewstep.config import from_dict, read_yaml
-from fewstep.errors import ConfigError
+from fewstep.errors import CheckpointError, ConfigError
 from fewstep.training.config import RunConfig
 from fewstep.training.synthetic import own_samples
 
@@ -43,22 +45,42 @@ def check_teacher(config: RunConfig, teacher: Path) -> None:
 
 
 def require_diffusion(teacher: Path, why: str, do: str = "Give the diffusion model that it was tuned from") -> None:
-    """Refuse a run that made a few-step model.
+    """Refuse a run that made a few-step model, and the model that it made.
 
     Raises:
         ConfigError: ``teacher`` is one.
     """
-    if not (teacher / "config.yaml").is_file():
-        return
-    past = read_run(teacher)
-    if past.job == "tune" and past.objective.kind != "diffusion":
-        raise ConfigError(
-            f"{why}, and '{teacher}' is a few-step model",
-            got=f"a run tuned with '{past.objective.kind}'",
-            do=do,
-        )
+    job, objective = _made_by(teacher)
+    if job == "tune" and objective != "diffusion":
+        raise ConfigError(f"{why}, and '{teacher}' is a few-step model", got=f"a run tuned with '{objective}'", do=do)
+
+
+def provenance(config: RunConfig) -> dict[str, str]:
+    """What a model directory says of the run that made it, for :func:`require_diffusion` to read."""
+    return {"job": config.job, "objective": config.objective.kind, "teacher": config.teacher}
+
+
+def _made_by(model: Path) -> tuple[str, str]:
+    """Job and kind of objective of the run that a model is from; empty where nobody says."""
+    run = _run_of(model)
+    if run is not None:
+        past = read_run(run)
+        return past.job, past.objective.kind
+    try:
+        about = read_json(model / "config.json", MODEL_KIND).get("provenance") or {}
+    except CheckpointError:  # not a model directory
+        return "", ""
+    return str(about.get("job", "")), str(about.get("objective", ""))
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run directory that is given, or whose ``model`` is; None of others."""
+    full = model.resolve()
+    runs = [model, full.parent] if full.name == "model" else [model]
+    return next((run for run in runs if (run / "config.yaml").is_file()), None)
 
 
 def hides_labels(model: Path) -> bool:
     """Whether a model has trained without its labels, too; of one that is not a run nobody knows: true."""
-    return not (model / "config.yaml").is_file() or read_run(model).data.label_drop > 0
+    run = _run_of(model)
+    return run is None or read_run(run).data.label_drop > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from fewstep.checkpoint.adapter import other_base
 from fewstep.checkpoint.averages import save_averages
 from fewstep.checkpoint.model import KIND as MODEL_KIND
-from fewstep.checkpoint.model import describe, latest_checkpoint
+from fewstep.checkpoint.model import describe, latest_checkpoint, meaning
 from fewstep.checkpoint.store import (
     header,
     new_directory,
@@ -66,7 +67,7 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     """Continue from the newest checkpoint of ``run``.
 
     Raises:
-        CheckpointError: it is damaged, of another version, or was made with other data or another base.
+        CheckpointError: it is damaged, of another version, or was made with other data, another teacher or base.
     """
     path = latest_checkpoint(run)
     record = read_json(path / "state.json", KIND)
@@ -76,7 +77,14 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
             got=f"fingerprint {trainer.source.fingerprint[:12]} of {trainer.source.name}",
             want=f"fingerprint {str(record['data'])[:12]}",
         )
+    if record.get("teacher") not in (None, trainer.followed):
+        raise CheckpointError(
+            "The teacher is not what this run was started with, so it cannot continue to the same result",
+            got=f"other weights, or the same with another meaning, in '{trainer.config.teacher}'",
+            do=f"Put it back, or give it: resume('{run}', teacher=denoiser)",
+        )
     description = read_json(path / "model.json", MODEL_KIND)
+    _check_meaning(meaning(description), meaning(describe(trainer.student)))
     if description.get("base") != trainer.base_record.get("base"):
         raise other_base(str(path), base_path(trainer.config))
     files = {"student": trainer.student} | {f"ema-{k}": average for k, average in enumerate(trainer.averages)}
@@ -90,6 +98,18 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
     trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
     trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
     return path
+
+
+def _check_meaning(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse a student whose weights would be read in another way than those of the checkpoint."""
+    changed = [name for name, value in before.items() if now.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            "The model does not mean what it did when this run was started, so it cannot continue to the same result",
+            got=", ".join(f"{name} {now.get(name)}" for name in changed),
+            want=", ".join(f"{name} {before[name]}" for name in changed),
+            do="Put the config of the model back that the run was started with",
+        )
 
 
 def _power_averages(trainer: Trainer) -> dict[float, dict[str, Tensor]]:
@@ -108,6 +128,7 @@ def _record(trainer: Trainer) -> dict[str, object]:
         "images_seen": trainer.images_seen,
         "summed_steps": trainer.summed_steps,
         "data": trainer.source.fingerprint,
+        "teacher": trainer.followed,
         "torch": torch.__version__,
         "config": to_dict(trainer.config),
     }

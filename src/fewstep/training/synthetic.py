@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.checkpoint.model import weights_hash
+from fewstep.checkpoint.model import describe, weights_hash
 from fewstep.data import Source, open_source
 from fewstep.data.shard_source import LABELS, SAMPLES, ShardSource
 from fewstep.data.shards import Shards, ShardWriter, open_shards
@@ -79,7 +79,7 @@ class Sampler:
                 "Samples of a text-conditional model need prompts, which this cannot take yet",
                 do="Give the training data: --data SOURCE",
             )
-        if self.teacher.two_time or self.teacher.sampler == "jump":
+        if self.teacher.two_time or self.teacher.guided or self.teacher.sampler == "jump":
             raise ConfigError("This is a few-step model, and the samples are to be a diffusion model's")
         if self._guided and not self.teacher.conditioning:
             raise ConfigError("Guidance needs a class-conditional model", got=f"guidance {self.guidance}")
@@ -98,8 +98,9 @@ class Sampler:
         """All that a sample depends on beside its number, JSON-able."""
         teacher = self.teacher
         return {
-            "made": _MADE, "teacher": weights_hash(teacher), "sigma_max": teacher.sigma_max,
-            "num_classes": teacher.num_classes, "solver": "heun" if self.nfe % 2 else "euler", "nfe": self.nfe,
+            "made": _MADE, "teacher": weights_hash(teacher), "meaning": _meaning(teacher),
+            "sigma_max": teacher.sigma_max, "num_classes": teacher.num_classes,
+            "solver": "heun" if self.nfe % 2 else "euler", "nfe": self.nfe,
             "guidance": self.guidance if self._guided else None, "seed": self.seed,
         }  # fmt: skip
 
@@ -299,6 +300,23 @@ def generate(
         for module, training in modes.items():
             module.training = training
     return open_shards(out)
+
+
+def _meaning(teacher: Denoiser) -> str:
+    """sha256, in hex, of what the weights mean: network, process, prediction, ranges and VAE, wherever that is."""
+    about = describe(teacher)
+    names = (
+        "backbone",
+        "process",
+        "native",
+        "parametrization",
+        "sample_shape",
+        "sigma_min",
+        "sigma_max",
+        "value_range",
+    )
+    told = {name: about[name] for name in names} | {"codec": dict(about["codec"] or {}, folder="")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _batches(sampler: Sampler, done: int, n: int, size: int) -> Iterator[dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fewstep import ema
 from fewstep.backbones.layout import LocalDropout
 from fewstep.checkpoint.adapter import describe_base
+from fewstep.checkpoint.model import describe, meaning, weights_hash
 from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, NonFiniteError
@@ -117,6 +120,18 @@ class Trainer:
         backbone = self.student.backbone
         kept = {name: tensor for name, tensor in backbone.state_dict().items() if name in self.frozen}
         return {"base": describe_base(backbone, kept, base_path(self.config))}
+
+    @cached_property
+    def followed(self) -> str | None:
+        """sha256, in hex, of weights and meaning of the teacher that the objective follows; None without one.
+
+        Data that are the teacher's own samples say whose they are in their fingerprint.
+        """
+        teacher = self.beside.teacher
+        if teacher is None:
+            return None
+        told = json.dumps([weights_hash(teacher), meaning(describe(teacher))], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
@@ -328,8 +343,8 @@ def _frozen_copy(network: Denoiser, frozen: Collection[str]) -> Denoiser:
 
 
 def _diffusion_model(teacher: Denoiser) -> Denoiser:
-    """Refuse a student of jumps, whose output without a landing time is no denoiser."""
-    if teacher.two_time or teacher.sampler == "jump":
+    """Refuse a student of jumps or of guidance, whose output is no denoiser."""
+    if teacher.two_time or teacher.guided or teacher.sampler == "jump":
         raise ConfigError(
             "The objective follows a diffusion model, and the teacher is a few-step model",
             do="Give the diffusion model as teacher, and the few-step model as the start: student.start=PATH",
