@@ -95,8 +95,7 @@ def load_diffusers(where: Any, *, scheduler: Mapping[str, Any] | None = None, si
             f"The network of {found.name} does not say how large its samples are",
             do="Write its sample_size into its config.json, or say it: load_diffusers(..., side=32)",
         )
-    codec = found.codec(shape)
-    size = None if side is None else list((shape if codec is None else codec.image_shape(shape))[1:])
+    size = None if side is None or not kind.parts(config) else found.pixels(shape)
     parts, nothing = found.text(config, size) if kind.parts(config) else ((), None)
     spec = {
         "name": "diffusers",
@@ -107,6 +106,7 @@ def load_diffusers(where: Any, *, scheduler: Mapping[str, Any] | None = None, si
     load_weights(backbone.network, _renamed(found.weights, backbone.network), found.name)
     if nothing is not None:
         backbone.null_cond.copy_(nothing)
+    codec = found.codec(shape)
     p = schedule.parametrization(PIXELS if codec is None else LATENTS)
     limit = math.inf if isinstance(schedule.process, EDM) else MOST * p.sigma_data
     return Denoiser(
@@ -138,6 +138,11 @@ class _Found:
             f"The network of {self.name} makes latents of {shape[0]} channels, and there is no VAE to decode them",
             do="Give the whole pipeline, a folder with model_index.json and vae/: hf download NAME",
         )
+
+    def pixels(self, shape: tuple[int, ...]) -> list[int]:
+        """Height and width of the images whose samples have this shape."""
+        codec = self.codec(shape)
+        return list((shape if codec is None else codec.image_shape(shape))[1:])
 
     def text(self, config: Mapping[str, Any], size: list[int] | None) -> tuple[tuple[Part, ...], Tensor]:
         """The parts of a row and the row of the empty prompt."""
