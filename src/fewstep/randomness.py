@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from types import TracebackType
 from typing import Any
 
@@ -21,29 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fewstep.errors import ConfigError
-
-_MASK = 0xFFFFFFFF
-_MULTIPLY = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four 32-bit words (in int64 tensors) from four counter words and a 64-bit key."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = _multiply(_MULTIPLY[0], c0)
-        high1, low1 = _multiply(_MULTIPLY[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def _multiply(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit words of ``m * x``, without overflow of the signed 64-bit product."""
-    low_part = (x & 0xFFFF) * m
-    high_part = (x >> 16) * m + (low_part >> 16)
-    return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
+from fewstep.philox import Key, Words, draw
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ class Streams:
 
     def words(self, stream: str, index: Tensor, count: int) -> Tensor:
         """At least ``count`` 32-bit words per index, int64 ``[b, 4 * ceil(count / 4)]``."""
-        return _words(_key(self.seed, stream), index, count)
+        return draw(lambda words: torch.stack(words, dim=-1), _key(self.seed, stream), index, -(-count // 4))
 
     def uniform(self, stream: str, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform numbers in the open interval (0, 1), float64 ``[b, *shape]``, 32 bits each."""
@@ -69,30 +48,49 @@ class Streams:
     def normal(self, stream: str, index: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers ``[b, *shape]`` by Box-Muller in float64, then cast to ``dtype``."""
         count = math.prod(shape)
-        u = (self.words(stream, index, count).double() + 0.5) * 2.0**-32
-        radius, angle = (-2 * u[:, 0::2].log()).sqrt(), 2 * math.pi * u[:, 1::2]
-        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return pairs.reshape(len(index), -1)[:, :count].reshape(len(index), *shape).to(dtype)
+        pairs = draw(lambda words: _box_muller(words).to(dtype), _key(self.seed, stream), index, -(-count // 4))
+        return pairs[:, :count].reshape(len(index), *shape)
 
     def integers(self, stream: str, index: Tensor, high: int) -> Tensor:
         """Integers in [0, high), int64 ``[b]``."""
         return (self.uniform(stream, index) * high).long()
 
 
-def _words(key: tuple[int, int], index: Tensor, count: int, lane: int = 0) -> Tensor:
-    """Words of the counters (block, lane, index): int64 ``[b, 4 * ceil(count / 4)]``."""
-    blocks = -(-count // 4)
-    index = index.long().reshape(-1, 1)
-    block = torch.arange(blocks, device=index.device).reshape(1, -1)
-    zeros = torch.zeros_like(index * block)
-    counter = (block + zeros, zeros + lane, (index & _MASK) + zeros, ((index >> 32) & _MASK) + zeros)
-    return torch.stack(philox(counter, key), dim=-1).reshape(len(index), -1)
+def _box_muller(words: Words) -> Tensor:
+    """Four normal numbers ``[b, n, 4]``, float64, of four words ``[b, n]``."""
+    u = [(word.double() + 0.5) * 2.0**-32 for word in words]
+    radius, angle = [(-2 * v.log()).sqrt() for v in u[0::2]], [2 * math.pi * v for v in u[1::2]]
+    pairs = [(r * a.cos(), r * a.sin()) for r, a in zip(radius, angle, strict=True)]
+    return torch.stack([number for pair in pairs for number in pair], dim=-1)
 
 
 @lru_cache(maxsize=4096)
-def _key(seed: int, stream: str) -> tuple[int, int]:
+def _key(seed: int, stream: str) -> Key:
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A mask in one bit per element: ``bits [b, m]`` uint8 holds element ``i m + j`` of a row in bit i of byte j."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor, rows: int) -> _Packed:
+        """The mask of a batch of ``rows`` images; its first dimension is a multiple of that."""
+        flat = mask.reshape(rows, -1)
+        planes = F.pad(flat, (0, -flat.shape[1] % 8)).to(torch.uint8).reshape(rows, 8, -1)
+        return cls(reduce(torch.bitwise_or, [planes[:, i] << i for i in range(8)]), tuple(mask.shape))
+
+    def unpacked(self, rows: Tensor | None) -> Tensor:
+        """The mask of all images, or of ``rows``."""
+        bits = self.bits if rows is None else self.bits[rows]
+        one = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+        count = math.prod(self.shape) // len(self.bits)
+        flat = ((bits[:, None] & one[:, None]) != 0).reshape(len(bits), -1)[:, :count]
+        return flat.reshape(-1, *self.shape[1:])
 
 
 class DropoutTape(TorchFunctionMode):
@@ -102,8 +100,9 @@ class DropoutTape(TorchFunctionMode):
     network uses a mask that depends on (seed, image index, position of the call) alone. Inside
     ``with tape.replay(rows):`` the same calls get the same masks, restricted to ``rows``: this is the
     shared dropout mask of ECT (math.md 2.3, invariant G4), without saving or restoring the state of any
-    generator, on every device. Dropout under activation checkpointing is refused (``use_reentrant=False``; the
-    reentrant kind cannot be seen from here and must not be used).
+    generator, on every device. Activation checkpointing must ask :meth:`contexts` for the masks of its second pass, as
+    :mod:`fewstep.backbones.recompute` does; any other is refused (``use_reentrant=False``; the reentrant kind cannot
+    be seen from here and must not be used).
 
     Args:
         streams: the run's streams.
@@ -113,9 +112,9 @@ class DropoutTape(TorchFunctionMode):
     def __init__(self, streams: Streams, index: Tensor) -> None:
         super().__init__()
         self._key, self._index = _key(streams.seed, "dropout"), index
-        self._masks: list[Tensor] = []
+        self._masks: list[Tensor | _Packed] = []
         self._rows: Tensor | None = None
-        self._recording = True
+        self._recording, self._packing = True, False
         self._call = 0
 
     def record(self) -> DropoutTape:
@@ -127,6 +126,28 @@ class DropoutTape(TorchFunctionMode):
         """Play the recorded masks again for ``rows`` (int64 ``[k]``), or for all rows."""
         self._rows, self._recording, self._call = rows, False, 0
         return self
+
+    @staticmethod
+    def active() -> DropoutTape | None:
+        """The tape that is open here, the innermost one; not inside ``torch.compile``."""
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        return next((mode for mode in reversed(stack) if isinstance(mode, DropoutTape)), None)
+
+    def contexts(self) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+        """For part of a pass whose backward runs it again: a context for now, and one for then, with the same masks.
+
+        The part's masks are kept in one bit per element: drawing them again would cost as much as the first time, and
+        keeping them as bytes a quarter of what float32 activations of their shape take.
+        """
+        return self._keeping_bits(), _Onward(self)
+
+    @contextmanager
+    def _keeping_bits(self) -> Iterator[None]:
+        before, self._packing = self._packing, True
+        try:
+            yield
+        finally:
+            self._packing = before
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,25 +181,30 @@ class DropoutTape(TorchFunctionMode):
     def _dropout(
         self, spread: int | None, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
+        """``input * scale * mask``: of these products autograd saves the mask alone, one byte per element."""
         if not training or p == 0:
             return input
         mask = self._mask(input.shape if spread is None else input.shape[:spread] + (1,) * (input.ndim - spread), p)
-        scaled = mask.to(input.dtype) / max(1 - _levels(p) / 65536, 2.0**-16)  # p = 1 keeps nothing: 0, not NaN
-        return input.mul_(scaled) if inplace else input * scaled
+        scale = 1 / max(1 - _levels(p) / 65536, 2.0**-16)  # p = 1 keeps nothing: 0, not NaN
+        return (input.mul_(scale) if inplace else input * scale).mul_(mask)
 
     def _mask(self, shape: tuple[int, ...], p: float) -> Tensor:
         self._call += 1
         if self._recording:
-            _refuse_recomputation()
-            self._masks.append(self._draw(tuple(shape), p))
-            return self._masks[-1]
+            if not self._packing:
+                _refuse_recomputation()
+            mask = self._draw(tuple(shape), p)
+            self._masks.append(_Packed.of(mask, len(self._index)) if self._packing else mask)
+            return mask
         if self._call > len(self._masks):
             raise ConfigError("The target pass drew more dropout masks than the student pass", got=self._call)
-        mask = self._masks[self._call - 1]
+        kept = self._masks[self._call - 1]
+        if isinstance(kept, _Packed):
+            return kept.unpacked(self._rows)
         if self._rows is None:
-            return mask
-        grouped = mask.reshape(len(self._index), -1, *mask.shape[1:])
-        return grouped[self._rows].reshape(-1, *mask.shape[1:])
+            return kept
+        grouped = kept.reshape(len(self._index), -1, *kept.shape[1:])
+        return grouped[self._rows].reshape(-1, *kept.shape[1:])
 
     def _draw(self, shape: tuple[int, ...], p: float) -> Tensor:
         """Keep-mask ``shape``: 16 bits per element, kept when they are at least ``65536 p``."""
@@ -189,14 +215,37 @@ class DropoutTape(TorchFunctionMode):
                 got=tuple(shape),
                 want=f"a multiple of {rows}",
             )
-        count = math.prod(shape) // rows
-        words = _words(self._key, self._index, -(-count // 2), lane=self._call)
-        halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(rows, -1)[:, :count]
-        return (halves >= _levels(p)).reshape(shape)
+        count, least = math.prod(shape) // rows, _levels(p)
+
+        def kept(words: Words) -> Tensor:
+            halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+            return torch.stack([half >= least for half in halves], dim=-1)
+
+        return draw(kept, self._key, self._index, -(-count // 8), lane=self._call)[:, :count].reshape(shape)
+
+
+class _Onward(DropoutTape):
+    """Plays the masks of a tape from where it is now, as often as wanted, whatever happens to the tape."""
+
+    def __init__(self, tape: DropoutTape) -> None:
+        TorchFunctionMode.__init__(self)
+        self._index, self._masks, self._rows = tape._index, tape._masks, tape._rows
+        self._recording, self._packing = False, False
+        self._start = self._call = tape._call
+
+    def __enter__(self) -> _Onward:
+        self._call = self._start
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        TorchFunctionMode.__exit__(self, kind, error, trace)  # type: ignore[no-untyped-call]
 
 
 def _refuse_recomputation() -> None:
-    """Activation checkpointing draws dropout again in backward, outside of the tape: another mask, a wrong gradient."""
+    """Foreign checkpointing draws dropout again in backward, outside of the tape: another mask, a wrong gradient."""
     if torch.compiler.is_compiling():
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

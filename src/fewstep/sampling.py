@@ -8,23 +8,41 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import LANDING_FLOOR, Denoiser
 from fewstep.errors import ConfigError
-from fewstep.guidance import Guided
+from fewstep.inference import Model, Noise, Precision, Run, default_batch_size, in_batches
 from fewstep.jumps import ddim
-from fewstep.process import EDM
-from fewstep.randomness import Streams
 from fewstep.types import Samples
 
-Model = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+__all__ = [
+    "MID_SIGMA",
+    "Model",
+    "Noise",
+    "check_times",
+    "consistency_sample",
+    "default_batch_size",
+    "few_step_run",
+    "few_step_times",
+    "heun_sample",
+    "in_batches",
+    "jump_sample",
+    "jump_times",
+    "karras_grid",
+    "nfe_run",
+    "ode_run",
+    "ode_sample",
+    "ode_sample_nfe",
+    "possible_among",
+    "possible_steps",
+    "sample",
+]
+
 TwoTimeModel = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
-Noise = Callable[[int], Tensor]
-"""Fresh standard normal noise for step k, ``[b, ...]``."""
 
 MID_SIGMA = 0.821
 """Second time of the published two-step sampler on CIFAR-10 at sigma_d = 0.5 (math.md 2.6)."""
@@ -188,6 +206,39 @@ def heun_sample(
 
 
 # ------------------------------------------------------------------------------------------ front doors
+def few_step_run(denoiser: Denoiser, steps: int = 1, times: Sequence[float] | None = None) -> Run:
+    """The model's own few-step sampler in ``steps`` evaluations, or at ``times``.
+
+    Raises:
+        ConfigError: times or a step count that this model cannot be sampled in.
+    """
+    levels = few_step_times(denoiser, steps) if times is None else _check_edges(check_times(times, denoiser), denoiser)
+
+    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
+        if denoiser.sampler == "jump":
+            return jump_sample(model, latents, levels, cond, two_time=denoiser.two_time)
+        return consistency_sample(model, latents, levels, noise, cond)
+
+    return run
+
+
+def ode_run(
+    denoiser: Denoiser, steps: int, order: int = 2, sigma_min: float = 0.002, rho: float = 7.0, churn: float = 0.0
+) -> Run:
+    """EDM's sampler of a diffusion model on ``steps`` nodes: Heun (``order`` 2) or Euler (1)."""
+    grid = karras_grid(steps, max(sigma_min, denoiser.sigma_min), denoiser.sigma_max, rho)
+
+    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
+        return heun_sample(model, latents, grid, noise, cond, churn=churn, order=order)
+
+    return run
+
+
+def nfe_run(denoiser: Denoiser, nfe: int) -> Run:
+    """The teacher in exactly ``nfe`` evaluations: Heun where that is odd, Euler where even."""
+    return ode_run(denoiser, (nfe + 1) // 2) if nfe % 2 else ode_run(denoiser, nfe, order=1)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -200,6 +251,8 @@ def sample(
     guidance: float | None = None,
     batch_size: int | None = None,
     first: int = 0,
+    precision: Precision = "fp32",
+    compile: bool = False,
 ) -> Samples:
     """``n`` samples in ``steps`` network evaluations, ``[n, ...]`` in model space.
 
@@ -213,15 +266,12 @@ def sample(
             the guided flow's end point is not linear in w (math.md 3.4).
         batch_size: how many samples at once; changes nothing in the result but the rounding.
         first: the number of the first sample; ``first=k`` gives samples k, k + 1, ... of a longer call.
+        precision: arithmetic of the network: "fp32", "tf32", "fp16", "bf16", or "auto" (fp16 on a GPU, else fp32).
+        compile: run the network through ``torch.compile``, in batches of one shape; the first one takes minutes.
+            Without a compiler it runs as it is, with a :class:`fewstep.compiling.CompileFallback` warning.
     """
-    levels = few_step_times(denoiser, steps) if times is None else _check_edges(check_times(times, denoiser), denoiser)
-
-    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
-        if denoiser.sampler == "jump":
-            return jump_sample(model, latents, levels, cond, two_time=denoiser.two_time)
-        return consistency_sample(model, latents, levels, noise, cond)
-
-    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
+    run = few_step_run(denoiser, steps, times)
+    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first, precision, compile)
 
 
 @torch.no_grad()
@@ -239,20 +289,20 @@ def ode_sample(
     churn: float = 0.0,
     order: int = 2,
     first: int = 0,
+    precision: Precision = "fp32",
+    compile: bool = False,
 ) -> Samples:
     """``n`` samples of a diffusion model by EDM's Heun sampler, ``[n, ...]``; NFE ``2 steps - 1``.
 
     ``steps=18`` is EDM's CIFAR-10 setting (35 NFE), ``steps=1`` the denoiser itself; ``order=1`` is Euler, one
-    evaluation per step. Same noise per seed and index as :func:`sample`; ``first`` is the first index.
+    evaluation per step. Same noise per seed and index as :func:`sample`, and the same ``first``, ``precision`` and
+    ``compile``.
     """
-    grid = karras_grid(steps, max(sigma_min, denoiser.sigma_min), denoiser.sigma_max, rho)
-
-    def run(model: Model, latents: Tensor, noise: Noise, cond: Tensor | None) -> Tensor:
-        return heun_sample(model, latents, grid, noise, cond, churn=churn, order=order)
-
-    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first)
+    run = ode_run(denoiser, steps, order, sigma_min, rho, churn)
+    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first, precision, compile)
 
 
+@torch.no_grad()
 def ode_sample_nfe(
     denoiser: Denoiser,
     n: int,
@@ -263,13 +313,12 @@ def ode_sample_nfe(
     guidance: float | None = None,
     batch_size: int | None = None,
     first: int = 0,
+    precision: Precision = "fp32",
+    compile: bool = False,
 ) -> Samples:
     """The teacher in exactly ``nfe`` evaluations (guided: twice as many): Heun where nfe is odd, Euler where even."""
-    odd = nfe % 2 == 1
-    return ode_sample(
-        denoiser, n, steps=(nfe + 1) // 2 if odd else nfe, order=2 if odd else 1, seed=seed, cond=cond,
-        guidance=guidance, batch_size=batch_size, first=first,
-    )  # fmt: skip
+    run = nfe_run(denoiser, nfe)
+    return in_batches(run, denoiser, n, seed, cond, guidance, batch_size, first, precision, compile)
 
 
 def check_times(times: Sequence[float], denoiser: Denoiser) -> list[float]:
@@ -292,58 +341,6 @@ def _check_edges(levels: list[float], denoiser: Denoiser) -> list[float]:
         if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(levels, own, strict=True)):
             raise ConfigError("This student jumps between the levels it was trained for only", got=levels, want=own)
     return levels
-
-
-def in_batches(
-    run: Callable[[Model, Tensor, Noise, Tensor | None], Tensor],
-    denoiser: Denoiser,
-    n: int,
-    seed: int,
-    cond: Tensor | None,
-    guidance: float | None,
-    batch_size: int | None,
-    first: int,
-) -> Samples:
-    """``run(model, latents, noise, cond)`` on samples ``first`` to ``first + n - 1``, in eval mode and in batches."""
-    if n < 1:
-        raise ConfigError("The number of samples must be at least 1", got=n)
-    if first < 0:
-        raise ConfigError("The number of the first sample must not be negative", got=first)
-    if cond is not None and len(cond) != n:
-        raise ConfigError("There is not one label per sample", got=len(cond), want=n)
-    edm = denoiser.under(EDM())
-    model: Model = edm
-    if guidance is not None and (guidance != 1 or denoiser.guided):
-        model = Guided(edm, guidance)
-    streams, shape = Streams(seed), denoiser.sample_shape
-    modes = {module: module.training for module in denoiser.modules()}
-    edm.eval()
-    try:
-        parts = []
-        for rows in _chunks(n, batch_size or default_batch_size(shape, denoiser.device), denoiser.device):
-            part = None if cond is None else cond[int(rows[0]) : int(rows[-1]) + 1]
-            index = rows + first
-
-            def noise(k: int, index: Tensor = index) -> Tensor:
-                return streams.normal(f"sample/noise/{k}", index, shape, denoiser.dtype)
-
-            latents = streams.normal("sample/latent", index, shape, denoiser.dtype)
-            parts.append(run(model, latents, noise, part))
-        return torch.cat(parts)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def default_batch_size(shape: tuple[int, ...], device: torch.device) -> int:
-    """Samples at once that keep a batch near two million values on a GPU, half a million on a CPU."""
-    values = 2_000_000 if device.type == "cuda" else 500_000
-    return max(1, min(1024, values // math.prod(shape)))
-
-
-def _chunks(n: int, size: int, device: torch.device) -> Iterator[Tensor]:
-    for start in range(0, n, size):
-        yield torch.arange(start, min(start + size, n), device=device)
 
 
 def _level(sigma: float, like: Tensor) -> Tensor:

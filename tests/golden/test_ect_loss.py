@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,13 @@ from fewstep.backbones.edm import SongUNet
 from fewstep.backbones.edm2 import EDM2
 from fewstep.denoiser import Denoiser, Parametrization
 from fewstep.objectives import ECT
+from fewstep.objectives.base import ALONE, Beside
 from fewstep.objectives.pairs import target_pass
 from fewstep.penalty import Penalty, Weight, weigh
 from fewstep.process import EDM
 from fewstep.times import Constant, Sigmoid, pair
-from fewstep.training.trainer import after_step
+from fewstep.training import execution
+from fewstep.training.network import after_step
 
 STAGES = [(2, s) for s in range(6)] + [(4, s) for s in range(6)] + [(256, s) for s in range(2)]
 CASES = [f"{a}/c{c}/q{q}/stage{s}" for a in ("const", "sigmoid") for c in ("0", "0.06") for q, s in STAGES]
@@ -79,12 +81,12 @@ class Golden:
         assert sorted(names) == sorted(named)
         return [named[name] for name in names]
 
-    def run(self, case: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def run(self, case: str, dtype: torch.dtype, beside: Beside = ALONE) -> tuple[Tensor, list[Tensor]]:
         """Loss per sample, and gradients of its mean in the peer's order."""
         student = self.network(dtype)
         objective, ratio = self.settings(case)
         before = [p.detach().clone() for p in student.parameters()]
-        loss = objective.loss_at(student, *self.inputs(dtype), ratio, self.labels(dtype))
+        loss = objective.loss_at(student, *self.inputs(dtype), ratio, self.labels(dtype), beside=beside)
         loss.mean().backward()
         assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)), "weights changed"
         return loss.detach(), [p.grad.detach() for p in self.order(student)]  # type: ignore[union-attr]
@@ -110,8 +112,20 @@ def test_the_cases_are_all_there(golden: Golden) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_in_float64(golden: Golden, case: str) -> None:
+    compare(golden, case, *golden.run(case, torch.float64))
+
+
+@pytest.mark.parametrize("case", [f"sigmoid/c0.06/q{q}/stage{s}" for q, s in ((2, 0), (2, 1), (2, 3), (256, 0))])
+def test_the_compiled_path_in_float64(golden: Golden, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph with padded rows (stages 0 and 1 have rows with r = 0), traced, differentiated and run without a code
+    generator, which tests/integration/test_compile.py adds."""
+    monkeypatch.setattr(execution, "compiled", partial(execution.compiled, backend="aot_eager"))
+    compare(golden, case, *golden.run(case, torch.float64, Beside(execute=execution.Compiled())))
+
+
+def compare(golden: Golden, case: str, loss: Tensor, grads: list[Tensor]) -> None:
+    """Loss and gradients are the peer's."""
     arrays, (objective, _) = golden.arrays, golden.settings(case)
-    loss, grads = golden.run(case, torch.float64)
     want = torch.from_numpy(arrays[f"{case}/loss_f64"])
     # the peer's sqrt(s + c^2) - c cancels where s << c^2; ours does not: allow two roundings of c
     t, r = (torch.from_numpy(arrays[f"{case}/{name}_f64"]) for name in "tr")

@@ -16,7 +16,7 @@ from fewstep import EDM, Denoiser, Parametrization
 from fewstep.backbones.edm2 import EDM2
 from fewstep.backbones.edm2_layers import mp_cat, mp_silu, mp_sum, normalize
 from fewstep.backbones.edm_layers import Resample
-from fewstep.training.trainer import after_step
+from fewstep.training.network import after_step
 
 cases = pytest.mark.parametrize("name", ["uncond", "cond"])
 

@@ -26,7 +26,8 @@ from fewstep.evaluation.record import read_history
 from fewstep.runs import configure, make_student
 from fewstep.sampling import few_step_times, possible_among, possible_steps
 from fewstep.training.loop import Watcher
-from fewstep.training.trainer import StepReport, Trainer, unused_parameters
+from fewstep.training.network import unused_parameters
+from fewstep.training.trainer import StepReport, Trainer
 from fewstep.world import World
 
 Settings = dict[str, Any]

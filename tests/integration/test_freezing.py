@@ -22,7 +22,8 @@ from fewstep.training.frozen import storage_bytes
 from fewstep.training.loop import Watcher
 from fewstep.training.optim import make_optimizer
 from fewstep.training.student import make_student
-from fewstep.training.trainer import StepReport, Trainer, train_mode
+from fewstep.training.network import train_mode
+from fewstep.training.trainer import StepReport, Trainer
 from fewstep.world import World
 
 BATCH = 4

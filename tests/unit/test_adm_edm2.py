@@ -17,7 +17,7 @@ from fewstep.backbones.edm2_layers import EPS, MPConv, MPFourier, mp_cat, mp_sil
 from fewstep.derivative import settle
 from fewstep.errors import ConfigError, DataError
 from fewstep.training.config import StudentConfig
-from fewstep.training.trainer import after_step, set_dropout
+from fewstep.training.network import after_step, set_dropout
 
 TINY: dict[str, dict[str, Any]] = {
     "edm": {"img_resolution": 8, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": [1, 2],

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import ConfigError
-from fewstep.randomness import DropoutTape, Streams, philox
+from fewstep.philox import philox
+from fewstep.randomness import DropoutTape, Streams
 
 
 def words(counter: str, key: str) -> str:

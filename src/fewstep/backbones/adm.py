@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fewstep.backbones.edm_layers import Resample, ResampleConv, check_inputs, group_norm
 from fewstep.backbones.layout import LocalDropout, Place, check_sizes, decoder, encoder, heads_of
+from fewstep.backbones.recompute import Recomputable
 from fewstep.errors import ConfigError
 
 EPS = 1e-5
@@ -124,7 +125,7 @@ class ADM(nn.Module):
             x = block(x, emb) if isinstance(block, Block) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
-            x = block(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+            x = block(x, emb, skips.pop()) if "block" in name else block(x, emb)
         return self.out_conv(F.silu(self.out_norm(x)))
 
     def _embed(
@@ -159,7 +160,7 @@ class CosineEmbedding(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """The U-Net block of ADM, optionally resampling and with self-attention; the embedding scales and shifts.
 
     ::
@@ -169,7 +170,8 @@ class Block(nn.Module):
         y = skip(x) + h
         y = y + proj(attention(qkv(norm2(y))))                      with attention only
 
-    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``. Source: ADM, section 3.
+    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``; in the decoder x is ``x`` and ``skip``
+    side by side. Source: ADM, section 3.
     """
 
     def __init__(self, place: Place, emb_channels: int, dropout: float) -> None:
@@ -188,7 +190,9 @@ class Block(nn.Module):
             self.qkv = _conv(outputs, 3 * outputs, 1)
             self.proj = _zero(_conv(outputs, outputs, 1))
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The block itself: see the class."""
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         scale, shift = self.affine(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.norm1(self.conv0(F.silu(self.norm0(x))))
         h = F.silu(torch.addcmul(shift, h, 1 + scale))

@@ -278,7 +278,7 @@ class SongUNet(nn.Module):
             for name in ("in0", "in1") if level == coarsest else ("up",):
                 x = self.dec[f"{at}_{name}"](x, emb)
             for index in range(self.config.num_blocks + 1):
-                x = self.dec[f"{at}_block{index}"](torch.cat([x, skips.pop()], dim=1), emb)
+                x = self.dec[f"{at}_block{index}"](x, emb, skips.pop())
             if level == 0 or self.config.decoder_type == "skip":
                 part = self.dec[f"{at}_aux_conv"](F.silu(self.dec[f"{at}_aux_norm"](x)))
                 image = part if image is None else part + self.dec[f"{at}_aux_up"](image)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.edm2_layers import BlockSettings, MPBlock, MPConv, MPFourier, mp_cat, mp_silu, mp_sum
+from fewstep.backbones.edm2_layers import BlockSettings, MPBlock, MPConv, MPFourier, mp_silu, mp_sum
 from fewstep.backbones.edm_layers import check_inputs
 from fewstep.backbones.layout import Place, check_sizes, check_taps, decoder, encoder
 from fewstep.errors import ConfigError
@@ -89,6 +89,7 @@ class EDM2(nn.Module):
             channels_per_head=channels_per_head,
             dropout=dropout,
             dropout_res=dropout_res,
+            concat_balance=concat_balance,
             res_balance=res_balance,
             attn_balance=attn_balance,
             clip_act=clip_act,
@@ -101,7 +102,6 @@ class EDM2(nn.Module):
             encoder_places=list(encoder(img_resolution, widths, num_blocks, attn_resolutions)),
             decoder_places=list(decoder(img_resolution, widths, num_blocks, attn_resolutions)),
             label_balance=label_balance,
-            concat_balance=concat_balance,
             settings=settings,
         )
         self.logvar_fourier = MPFourier(logvar_channels) if logvar_channels else None
@@ -157,12 +157,11 @@ class MPUNet(nn.Module):
         encoder_places: Sequence[Place],
         decoder_places: Sequence[Place],
         label_balance: float,
-        concat_balance: float,
         settings: BlockSettings,
     ) -> None:
         super().__init__()
         channels, side, _ = sample_shape
-        self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
+        self.label_dim, self.label_balance = label_dim, label_balance
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.emb_fourier = MPFourier(noise_channels)
         self.emb_noise = MPConv(noise_channels, settings.emb_channels)
@@ -180,7 +179,7 @@ class MPUNet(nn.Module):
             x = block(x, emb) if isinstance(block, MPBlock) else block(x)
             skips.append(x)
         for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+            x = block(x, emb, skips.pop()) if "block" in name else block(x, emb)
         return self.out_conv(x, self.out_gain)
 
     def _embed(self, c_noise: Tensor, cond: Tensor | None, landing: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fewstep.backbones.edm_layers import Resample
 from fewstep.backbones.layout import LocalDropout, Place, heads_of
+from fewstep.backbones.recompute import Recomputable
 
 EPS = 1e-4
 """What a magnitude has added before something is divided by it."""
@@ -27,7 +28,7 @@ def normalize(x: Tensor, dim: int | None = None) -> Tensor:
     """
     dims = tuple(range(1, x.ndim)) if dim is None else (dim,)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=_precise(x.dtype))
-    rms = norm / math.sqrt(math.prod(x.shape[d] for d in dims))
+    rms = norm / math.sqrt(math.prod([x.shape[d] for d in dims]))
     return x / (rms + EPS).to(x.dtype)
 
 
@@ -108,6 +109,7 @@ class BlockSettings:
     channels_per_head: int
     dropout: float
     dropout_res: int | None
+    concat_balance: float
     res_balance: float
     attn_balance: float
     clip_act: float | None
@@ -117,8 +119,10 @@ class BlockSettings:
         return 0.0 if self.dropout_res and side > self.dropout_res else self.dropout
 
 
-class MPBlock(nn.Module):
+class MPBlock(Recomputable):
     """A block of EDM2's U-Net; x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``.
+
+    In the decoder x is ``mp_cat`` of ``x`` and ``skip``.
 
     ::
 
@@ -145,7 +149,9 @@ class MPBlock(nn.Module):
             self.attn_qkv = MPConv(outputs, 3 * outputs, 1)
             self.attn_proj = MPConv(outputs, outputs, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The block itself: see the class."""
+        x = x if skip is None else mp_cat(x, skip, self.settings.concat_balance)
         x = x if self.resample is None else self.resample(x)
         if self.encoder:
             x = normalize(self._skip(x), dim=1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.backbones.layout import LocalDropout, Resampling
+from fewstep.backbones.recompute import Recomputable
 from fewstep.errors import ConfigError, DataError
 
 NEAR_ZERO = 1e-5
@@ -220,7 +221,7 @@ class ResampleConv(nn.Conv2d):
         return super().forward(resize(x, self.resample_filter, self.box))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputable):
     """The U-Net block of DDPM++ and NCSN++, optionally resampling and with self-attention.
 
     ::
@@ -229,7 +230,8 @@ class ResidualBlock(nn.Module):
         y = (skip(x) + h) / sqrt(2)
         y = (y + proj(attention(qkv(norm2(y))))) / sqrt(2)        one head, with ``attention`` only
 
-    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``. Source: EDM, table 7 and appendix F.
+    Shapes: x ``[b, in, h, w]``, emb ``[b, e]`` -> ``[b, out, side, side]``; in the decoder x is ``x`` and ``skip``
+    side by side. Source: EDM, table 7 and appendix F.
     """
 
     def __init__(
@@ -264,7 +266,9 @@ class ResidualBlock(nn.Module):
             self.qkv = conv(out_channels, 3 * out_channels, 1, gain=ATTENTION_GAIN)
             self.proj = conv(out_channels, out_channels, 1, gain=NEAR_ZERO)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def compute(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The block itself: see the class."""
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         h = self.conv0(F.silu(self.norm0(x)))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(self.dropout(h))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewstep.backbones.recompute import Recomputable
 from fewstep.errors import ConfigError
 from fewstep.types import Condition, Samples
 
@@ -79,7 +80,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.permute(1, 0, 2, 4, 3).contiguous().unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(attended.transpose(-1, -2).reshape(b, c, h, w))
 
@@ -158,20 +160,21 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle(h, embedding)
         for layer in self.up:
-            h = layer(torch.cat((h, skips.pop()), dim=1), embedding) if isinstance(layer, _Stack) else layer(h)
+            h = layer(h, embedding, skips.pop()) if isinstance(layer, _Stack) else layer(h)
         return self.head(F.silu(self.norm(h)))
 
 
-class _Stack(nn.Module):
-    """A residual block and, where asked, attention."""
+class _Stack(Recomputable):
+    """A residual block and, where asked, attention; of ``x`` and ``skip`` side by side."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float, attention: bool) -> None:
         super().__init__()
         self.block = ResidualBlock(inputs, outputs, embedding, dropout)
         self.attention = AttentionBlock(outputs, max(1, outputs // 64)) if attention else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.block(x, embedding)
+    def compute(self, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Tensor:
+        """The block itself: see the class."""
+        h = self.block(x if skip is None else torch.cat((x, skip), dim=1), embedding)
         return h if self.attention is None else self.attention(h)
 
 
@@ -238,7 +241,7 @@ class DiT(nn.Module):
         return h.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
-class _Transformer(nn.Module):
+class _Transformer(Recomputable):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
@@ -248,7 +251,8 @@ class _Transformer(nn.Module):
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def compute(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The block itself: see the class."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding)[:, None].chunk(6, dim=-1)
         b, n, w = x.shape
         h = self.norm(x) * (1 + scale1) + shift1

@@ -11,10 +11,12 @@ from cyclopts.validators import Number
 from fewstep.cli.options import (
     BatchSize,
     Channels,
+    Compile,
     Device,
     Json,
     Network,
     Output,
+    Precision,
     Quiet,
     Resize,
     Seed,
@@ -92,6 +94,8 @@ def eval(
         Parameter(help="Also write the result to this JSON file; an interrupted call goes on from its parts."),
     ] = None,
     batch_size: BatchSize = None,
+    precision: Precision = "fp32",
+    compile: Compile = False,
     network: Network = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -125,6 +129,6 @@ def eval(
         model=model, data=data, steps=steps, samples=samples, features=features, metrics=metrics, sampler=sampler,
         teacher=teacher, teacher_nfe=teacher_nfe, repeats=repeats, replicates=replicates, resize=resize,
         channels=channels, split=split, weights=weights, out=out, batch_size=batch_size, network=network,
-        seed=seed or 0, device=device, guidance=guidance,
+        seed=seed or 0, device=device, guidance=guidance, precision=precision, compile=compile,
     )  # fmt: skip
     return run(request, Output(quiet, json))

@@ -15,7 +15,7 @@ from fewstep.checkpoint.model import describe as describe_model
 from fewstep.checkpoint.model import weights_hash
 from fewstep.checkpoint.store import write_json
 from fewstep.cli.numbers import describe, effort, show, value_of
-from fewstep.cli.options import Output, open_model
+from fewstep.cli.options import Output, noting_fallbacks, open_model
 from fewstep.cli.partial import Partial
 from fewstep.cli.progress import Counting
 from fewstep.cli.write import parse_numbers
@@ -31,6 +31,7 @@ from fewstep.evaluation.reference import check_comparable
 from fewstep.evaluation.samples import SampleSet, draw_labels, from_source, makes_images, shown_shape
 from fewstep.evaluation.seeds import over_seeds
 from fewstep.evaluation.statistics_file import is_statistics
+from fewstep.inference import Precision
 from fewstep.runs import joined
 from fewstep.sampling import few_step_times, possible_among
 from fewstep.training.checks import check_shape
@@ -73,6 +74,8 @@ class Request:
     seed: int
     device: str
     guidance: float | None
+    precision: Precision
+    compile: bool
 
     @property
     def count(self) -> int:
@@ -123,7 +126,7 @@ def run(request: Request, output: Output) -> int:
     metrics = _chosen(request.metrics)
     if request.replicates == 1:
         raise ConfigError("A spread needs at least two half-samples", got="--replicates 1", want="0, or 2 and more")
-    with joined(request.device) as world, Counting(output) as counting:
+    with joined(request.device) as world, Counting(output) as counting, noting_fallbacks(counting.say):
         subject = _subject(request, world)
         _check_options(request, subject)
         if isinstance(subject, Denoiser) and request.sampler != "ode":
@@ -215,6 +218,8 @@ def _check_options(request: Request, subject: Subject) -> None:
         "--network": request.network,
         "--guidance": request.guidance,
         "--teacher": request.teacher,
+        "--precision": None if request.precision == "fp32" else request.precision,
+        "--compile": request.compile or None,
     }
     of_sampling = {"--steps": request.steps, "--repeats": None if request.repeats == 1 else request.repeats}
     what = "a diffusers pipeline" if is_pipeline else "images made elsewhere"
@@ -308,7 +313,7 @@ def _of_a_model(session: Session, job: Job, steps: int, seed: int) -> dict[str, 
     return evaluate(
         job.subject, session.reference, steps=[steps], solver=job.solver, metrics=session.metrics,
         samples=request.count, seed=seed, guidance=request.guidance, batch_size=request.batch_size,
-        replicates=request.replicates,
+        replicates=request.replicates, precision=request.precision, compile=request.compile,
         on_row=partial(_show_row, session, seed), on_progress=session.counting, world=session.world,
     )  # fmt: skip
 

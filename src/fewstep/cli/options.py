@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
@@ -23,6 +26,21 @@ DATA = Group("Data", sort_key=50)
 COUNT = Number(gte=1)
 BatchSize = Annotated[
     int | None, Parameter(validator=COUNT, help="Samples at once; changes the memory and the rounding only.")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "tf32", "fp16", "bf16"],
+    Parameter(
+        help="Arithmetic of the sampled network. auto: fp16 on a GPU, else fp32. bf16 is also fast on recent CPUs; it "
+        "moves pixels by up to a few grey levels in one step. fp32: as torch is set (docs/performance.md)."
+    ),
+]
+Compile = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        show_default=False,
+        help="Compile the sampled network first, which takes minutes and pays from tens of thousands of samples on.",
+    ),
 ]
 Images = Annotated[int | None, Parameter(validator=COUNT, help="Training images in total. Default: the recipe's.")]
 TrainBatch = Annotated[
@@ -161,6 +179,27 @@ def overrides(
 def command_line() -> str:
     """What was typed, to reproduce a run."""
     return shlex.join(["fewstep", *sys.argv[1:]])
+
+
+@contextmanager
+def noting_fallbacks(say: Callable[[str], None]) -> Iterator[None]:
+    """What cannot be compiled is said in a line like any other, once."""
+    from fewstep.compiling import CompileFallback
+
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+        warnings.simplefilter("always", CompileFallback)
+
+        def note(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            if not issubclass(category, CompileFallback):
+                shown(message, category, *rest)
+            elif str(message) not in said:
+                said.add(str(message))
+                say(f"{message}.")
+
+        warnings.showwarning = note  # type: ignore[assignment]
+        yield
 
 
 def open_model(path: str, weights: str = "ema", network: str | None = None, device: str = "auto") -> Denoiser:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -26,6 +27,9 @@ from fewstep.cli.options import (
     overrides,
 )
 
+if TYPE_CHECKING:
+    from fewstep.training.plan import Plan
+
 
 def plan(
     teacher: Annotated[str, Parameter(help="A model, run or converted checkpoint; or file.py:function.")],
@@ -39,6 +43,9 @@ def plan(
     images: Images = None,
     batch_size: TrainBatch = None,
     budget: Annotated[float, Parameter(validator=Number(gt=0), help="Seconds to spend on measuring.")] = 20.0,
+    memory: Annotated[
+        float | None, Parameter(validator=Number(gt=0), help="GB (10^9 bytes) to fit in. Default: what the device has.")
+    ] = None,
     resize: Resize = None,
     channels: Channels = None,
     split: Split = "train",
@@ -75,17 +82,12 @@ def plan(
         source = runs.open_data(configuration.data)
         runs.check_fit(model, source)
         student = runs.make_student(model, configuration)
-        found = make_plan(runs.make_trainer(configuration, student, source, world, model), budget=budget)
+        room = None if memory is None else round(memory * 1e9)
+        found = make_plan(runs.make_trainer(configuration, student, source, world, model), budget=budget, room=room)
     table = Table(box=None, show_header=False)
+    notes = {"activations": f"kept of one pass of {found.micro_batch} images", "memory": "most of a step at once"}
     for name in ("weights", "gradients", "optimizer", "averages", "activations", "memory"):
-        note = (
-            f"one pass of {found.micro_batch} images"
-            if name == "activations"
-            else "in total"
-            if name == "memory"
-            else ""
-        )
-        table.add_row(name, _bytes(getattr(found, name)), note)
+        table.add_row(name, _bytes(getattr(found, name)), notes.get(name, ""))
     table.add_row(
         "disk",
         _bytes(found.disk),
@@ -99,10 +101,22 @@ def plan(
     size = f"{found.parameters / 1e6:.2f} M parameters{part}"
     output.say(f"{size}, recipe {configuration.recipe}, {configuration.images:,} images")
     output.say(table)
-    if found.micro_batch > 1:
-        output.say("Less memory: --set micro_batch=N runs N images per pass, with the same result up to rounding.")
-    output.result(dataclasses.asdict(found) | {"memory": found.memory})
+    for line in _advice(found):
+        output.say(line)
+    output.result(dataclasses.asdict(found))
     return 0
+
+
+def _advice(found: Plan) -> Iterator[str]:
+    """Whether it fits, and what would make it fit."""
+    if found.memory <= found.room:
+        yield f"It fits: there are {_bytes(found.room)}."
+        if found.micro_batch > 1:
+            yield "Less memory: --set micro_batch=N runs N images per pass, with the same result up to rounding."
+        return
+    yield f"It does not fit: there are {_bytes(found.room)}. With one other setting a step holds:"
+    for setting, need in found.remedies.items():
+        yield f"  --set {setting}: {_bytes(need)}{'' if need <= found.room else ', still too much'}"
 
 
 def _bytes(count: int) -> str:

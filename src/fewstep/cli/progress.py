@@ -12,7 +12,7 @@ from rich.table import Column
 from rich.text import Text
 
 from fewstep.cli.options import Output
-from fewstep.objectives import ECT
+from fewstep.training.arithmetic import BF16_UP_TO, FP16_UP_TO
 from fewstep.training.loop import Watcher
 from fewstep.training.synthetic import origin
 from fewstep.training.trainer import StepReport, Trainer
@@ -150,14 +150,15 @@ def _numbers(row: dict[str, Any], narrow: bool = False) -> str:
 
 
 def _caution(trainer: Trainer) -> str | None:
-    """bf16 cannot tell student and target apart once the pairs are tight."""
-    config = trainer.config
-    if config.precision != "bf16" or not isinstance(config.objective, ECT):
+    """16 bits cannot tell student and target apart once the pairs are tight, and on a CPU fp16 is slow."""
+    config, device = trainer.config, trainer.world.device
+    if config.precision == "fp16" and device.type == "cpu":
+        return "Caution: fp16 is some ten times slower than fp32 on a CPU; prefer precision=auto."
+    ratio = trainer.objective.tightness(Clock(config.images - 1, config.images))
+    most = {"bf16": BF16_UP_TO, "fp16": FP16_UP_TO}.get(config.precision)
+    if most is None or ratio is None or ratio <= most:
         return None
-    ratio = config.objective.schedule.ratio(Clock(config.images, config.images))
-    if ratio < 64:
-        return None
-    return f"Caution: bf16 is too coarse for pairs as tight as q^a = {ratio:g}; prefer precision=tf32 or fp32."
+    return f"Caution: {config.precision} is too coarse for pairs as tight as q^a = {ratio:g}; prefer precision=auto."
 
 
 class Counting:

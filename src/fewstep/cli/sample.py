@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from fewstep.cli.options import COUNT, BatchSize, Device, Json, Network, Output, Quiet, Seed
+from fewstep.cli.options import (
+    COUNT,
+    BatchSize,
+    Compile,
+    Device,
+    Json,
+    Network,
+    Output,
+    Precision,
+    Quiet,
+    Seed,
+    noting_fallbacks,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +87,8 @@ def sample(
     ] = None,
     weights: Annotated[str, Parameter(help="ema; of a run also student, and ema-1, ... where it has several.")] = "ema",
     batch_size: BatchSize = None,
+    precision: Precision = "fp32",
+    compile: Compile = False,
     network: Network = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -93,22 +107,21 @@ def sample(
     fewstep sample teacher --sampler ode --steps 35 -n 64 --out teacher.png
     fewstep sample run --steps 4 --prompt "a red square" -n 16 --out squares.png
     fewstep sample teacher --sampler ode --commit extrapolation --tol 0.02 -n 64 --out early.png
+    fewstep sample run -n 50000 --precision auto --compile --out samples
     ```
     """
     from fewstep.backbones.text import prompt_rows
     from fewstep.cli.options import open_model
-    from fewstep.cli.write import check_output, draw, parse_numbers, save_samples, spread_labels, spread_prompts
+    from fewstep.cli.progress import Counting
+    from fewstep.cli.write import check_output, save_samples, spread_labels, spread_prompts
     from fewstep.commit import require_end
-    from fewstep.errors import ConfigError
+    from fewstep.evaluation.samples import generated, shown
     from fewstep.sampling import few_step_times, possible_among
 
     output = Output(quiet, json)
-    levels = parse_numbers(times, "--times", float) if times is not None else None
-    if levels is not None and steps not in (None, len(levels)):
-        raise ConfigError(
-            "--times and --steps do not agree", got=f"{len(levels)} times, --steps {steps}", do="Give one"
-        )
+    levels = _times(times, steps)
     _check(sampler, levels is not None, guidance, commit, tol)
+    _check_speed(sampler, commit, precision, compile)
     denoiser = open_model(model, weights, network, device)
     check_output(out, denoiser)
     asked = spread_prompts(denoiser, number, prompt, prompts)
@@ -122,16 +135,22 @@ def sample(
     for warning in _warnings(denoiser, Path(model), sampler, guidance):
         output.say(warning)
     started = time.perf_counter()
+    blocks: Iterable[Tensor]
     nfe: float
     early: dict[str, Any] | None = None
-    if commit is None and sampler != "multistep":
-        x, nfe = draw(denoiser, number, levels, count, seed or 0, cond, guidance, batch_size)
-        said = _evaluations(nfe)
-    else:
-        found = _commit(denoiser, number, levels, count, seed or 0, cond, batch_size, commit, tol)
-        x, (nfe, said, early) = found.samples, _described(found, commit, tol, count)
+    with Counting(output) as counting, noting_fallbacks(counting.say):
+        if commit is None and sampler != "multistep":
+            made = generated(
+                denoiser, number, count, solver="ode" if levels is None else "consistency", times=levels,
+                seed=seed or 0, cond=cond, guidance=guidance, batch_size=batch_size, precision=precision,
+                compile=compile,
+            )  # fmt: skip
+            blocks, nfe, said = made.blocks(), made.about["nfe"], _evaluations(made.about["nfe"])
+        else:
+            found = _commit(denoiser, number, levels, count, seed or 0, cond, batch_size, commit, tol)
+            blocks, (nfe, said, early) = [shown(denoiser, found.samples)], _described(found, commit, tol, count)
+        path = save_samples(out, denoiser, blocks, number, cond, asked, lambda done: counting("sampling", done, number))
     rate = number / (time.perf_counter() - started)
-    path = save_samples(out, denoiser, x, cond, asked)
     output.say(f"Wrote {number} samples, {said}, to {path} ({rate:,.1f} samples/s).")
     output.result(
         {
@@ -144,11 +163,25 @@ def sample(
             "prompts": None if asked is None else list(dict.fromkeys(asked)),
             "guidance": guidance,
             "seed": seed or 0,
+            "precision": precision,
+            "compile": compile,
             "samples_per_second": rate,
             "commit": early,
         }
     )
     return 0
+
+
+def _times(times: str | None, steps: int | None) -> list[float] | None:
+    from fewstep.cli.write import parse_numbers
+    from fewstep.errors import ConfigError
+
+    levels = parse_numbers(times, "--times", float) if times is not None else None
+    if levels is not None and steps not in (None, len(levels)):
+        raise ConfigError(
+            "--times and --steps do not agree", got=f"{len(levels)} times, --steps {steps}", do="Give one"
+        )
+    return levels
 
 
 def _check(sampler: str, with_times: bool, guidance: float | None, commit: str | None, tol: float | None) -> None:
@@ -167,6 +200,20 @@ def _check(sampler: str, with_times: bool, guidance: float | None, commit: str |
             " outputs differ by that noise and never settle",
             do="Use --sampler ode for a diffusion model, --sampler multistep for a few-step model",
         )
+
+
+def _check_speed(sampler: str, commit: str | None, precision: str, compile: bool) -> None:
+    from fewstep.errors import ConfigError
+
+    if commit is None and sampler != "multistep":
+        return
+    other = "--sampler multistep" if commit is None else "--commit"
+    for option, given in (("--precision", precision != "fp32"), ("--compile", compile)):
+        if given:
+            raise ConfigError(
+                f"{option} does not go with {other}, whose batches shrink and whose rules compare outputs",
+                do=f"Leave {option} out",
+            )
 
 
 def _warnings(denoiser: Denoiser, model: Path, sampler: str, guidance: float | None) -> Iterator[str]:

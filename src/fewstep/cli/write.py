@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data import save_grid, save_images
+from fewstep.data import save_grid
+from fewstep.data.writer import picture_writer
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, StorageError
 from fewstep.evaluation.pictures import save_points
-from fewstep.evaluation.samples import makes_images, to_host
-from fewstep.guidance import evaluations
-from fewstep.sampling import ode_sample_nfe, sample
+from fewstep.evaluation.samples import makes_images
+from fewstep.overlap import Arriving, ahead
 
 Number = TypeVar("Number", int, float)
 
@@ -95,44 +95,53 @@ def spread_labels(denoiser: Denoiser, n: int, label: int | None) -> Tensor | Non
     return cond.to(denoiser.device)
 
 
-def draw(
-    denoiser: Denoiser,
-    n: int,
-    levels: Sequence[float] | None,
-    nfe: int,
-    seed: int,
-    cond: Tensor | None,
-    guidance: float | None,
-    batch_size: int | None,
-) -> tuple[Tensor, int]:
-    """``n`` samples and the evaluations that each took: at ``levels``, or without them by the teacher's solver."""
-    if levels is None:
-        x = ode_sample_nfe(denoiser, n, nfe, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
-    else:
-        x = sample(denoiser, n, times=levels, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
-    return x, (nfe if levels is None else len(levels)) * evaluations(denoiser, guidance)
-
-
 def save_samples(
-    out: Path, denoiser: Denoiser, x: Tensor, cond: Tensor | None, prompts: Sequence[str] | None = None
+    out: Path,
+    denoiser: Denoiser,
+    blocks: Iterable[Tensor],
+    n: int,
+    cond: Tensor | None,
+    prompts: Sequence[str] | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> Path:
-    """One picture (.png), an archive (.npz), or a directory of pictures; the latter two with classes or prompts."""
-    labels = None if cond is None or not denoiser.num_classes else cond.cpu().numpy().astype(np.int64)
-    samples = to_host(denoiser, x)
+    """One picture (.png), an archive (.npz), or a directory of pictures; the latter two with classes or prompts.
+
+    Blocks are encoded and written while the next one is made. A directory never holds more than a few of them in
+    memory, and neither does an archive; one picture needs all bytes.
+
+    Args:
+        blocks: ``n`` samples in order, as they are shown (:func:`fewstep.evaluation.samples.shown`).
+        on_block: called with how many samples are there.
+    """
+    arrived = _counted((block.get() for block in ahead(Arriving(block) for block in blocks)), on_block)
     if not makes_images(denoiser):
+        points = torch.cat(list(arrived))
         if out.suffix == ".png":
-            save_points(out, samples)
+            save_points(out, points)
             return out
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(out, points=samples.numpy())
+            np.savez_compressed(out, points=points.numpy())
         except OSError as error:
             raise StorageError(f"'{out}' could not be written: {error.strerror or error}") from error
         return out
     if out.suffix == ".png":
-        save_grid(out, samples)
+        save_grid(out, torch.cat(list(arrived)))
         return out
-    return save_images(out, samples, labels, prompts)
+    labels = None if cond is None or not denoiser.num_classes else cond.cpu().numpy().astype(np.int64)
+    with picture_writer(out, n, labels, prompts) as writer:
+        for block in arrived:
+            writer.add(block)
+    return out
+
+
+def _counted(blocks: Iterator[Tensor], on_block: Callable[[int], None] | None) -> Iterator[Tensor]:
+    done = 0
+    for block in blocks:
+        done += len(block)
+        if on_block is not None:
+            on_block(done)
+        yield block
 
 
 def parse_numbers(text: str, option: str, kind: Callable[[str], Number]) -> list[Number]:

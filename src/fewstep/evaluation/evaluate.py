@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,7 +15,7 @@ from fewstep.data import Source
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.evaluation.bootstrap import evenly
-from fewstep.evaluation.features import FeatureNet, features_of, iter_outputs
+from fewstep.evaluation.features import FeatureNet, check_features, outputs_of
 from fewstep.evaluation.measure import METRICS, MOST_ROWS, Fake, available, measure, metric_name, refuse
 from fewstep.evaluation.metrics import StatsAccumulator
 from fewstep.evaluation.reference import KEPT_VALUES, Reference, check_comparable, open_reference
@@ -29,6 +29,8 @@ from fewstep.evaluation.samples import (
     shown_shape,
     to_host,
 )
+from fewstep.inference import Precision
+from fewstep.overlap import Arriving, Stopwatch, ahead
 from fewstep.sampling import ode_sample_nfe, possible_steps, sample
 from fewstep.world import World
 
@@ -64,6 +66,8 @@ def evaluate(
     guidance: float | None = None,
     batch_size: int | None = None,
     replicates: int = REPLICATES,
+    precision: Precision = "fp32",
+    compile: bool = False,
     on_row: OnRow | None = None,
     on_progress: OnProgress | None = None,
     world: World | None = None,
@@ -81,6 +85,7 @@ def evaluate(
         seed: sample i of every step count starts from the same noise.
         guidance: strength, as of :func:`fewstep.sample`.
         replicates: half-samples behind each 95 % interval; 0 for none.
+        precision, compile: of the sampled network, as of :func:`fewstep.sample`; features stay in fp32.
         on_row, on_progress: called with each finished row, and after each block of samples.
         world: several processes share the sampling; only the leading one measures (the others get no rows).
 
@@ -105,12 +110,16 @@ def evaluate(
     cond = draw_labels(denoiser, reference.source, samples, seed)
     kind = cast(Literal["consistency", "ode"], solver)
     sets = [
-        generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, guidance=guidance, batch_size=batch_size)
+        generated(denoiser, samples, count, solver=kind, seed=seed, cond=cond, guidance=guidance,
+                  batch_size=batch_size, precision=precision, compile=compile)
         for count in steps
-    ]
+    ]  # fmt: skip
     for one in sets:
         _check_needs(_named(metrics), reference, one)
-    _warm_up(denoiser, solver, min(samples, 8), seed, cond, batch_size)
+    if compile:  # the whole batch: compiled code is of one shape
+        next(iter(min(sets, key=lambda one: one.about["nfe"]).blocks()))
+    else:
+        _warm_up(denoiser, solver, min(samples, 8), seed, cond, batch_size, precision)
     return evaluate_samples(
         sets,
         reference,
@@ -192,27 +201,39 @@ def see(
     """What the metrics see of ``samples``, and the seconds that making them took; None where another process leads.
 
     Of several processes each makes every ``world.size``-th block. The leading one takes the features in order, so
-    the numbers do not depend on how many there are. Images are never held; features up to 128 million values.
+    the numbers do not depend on how many there are. Images are never held; features up to 128 million values. A GPU
+    makes the next block and its features while those of the last one are summed up here.
     """
     world = world or World(0, 1, torch.device(device))
     logits = logits and net.extract_with_logits is not None
     seen = _Seen(evenly(samples.count, KEPT_VALUES // net.dim).numpy())
-    blocks, seconds = samples.blocks(world.rank, world.size), 0.0
-    while True:
-        started = time.perf_counter()
-        block = next(blocks, None)
-        seconds += time.perf_counter() - started
-        outputs = _outputs(net, block, logits, device) if block is not None else torch.zeros(0)
-        parts = [part for part in world.gather(outputs) if len(part)]
+    watch = Stopwatch(torch.device(device))
+    own = (
+        Arriving(outputs_of(net, block, logits=logits, device=device))
+        for block in _timed(samples.blocks(world.rank, world.size), watch)
+    )
+    for outputs in itertools.chain(ahead(own), itertools.repeat(None)):
+        parts = [part for part in world.gather(torch.zeros(0) if outputs is None else outputs.get()) if len(part)]
         if not parts:
             break
         for part in parts:
+            check_features(net, part[:, : net.dim])
             seen.add(part[:, : net.dim], part[:, net.dim :] if logits else None)
         if on_progress is not None and world.leads:
             on_progress(samples.name, seen.count, samples.count)
     if seen.count != samples.count and world.leads:
         raise DataError("There are fewer samples than announced", got=seen.count, want=samples.count)
-    return (seen.fake(samples.labels) if world.leads else None), seconds
+    return (seen.fake(samples.labels) if world.leads else None), watch.seconds()
+
+
+def _timed(blocks: Iterator[Tensor], watch: Stopwatch) -> Iterator[Tensor]:
+    """The same blocks; the watch runs while they are made."""
+    while True:
+        with watch:
+            block = next(blocks, None)
+        if block is None:
+            return
+        yield block
 
 
 class _Seen:
@@ -240,14 +261,6 @@ class _Seen:
         )
 
 
-def _outputs(net: FeatureNet, block: Tensor, logits: bool, device: torch.device | str) -> Tensor:
-    """Features ``[b, dim]`` of a block, followed by the logits where they are wanted."""
-    if not logits:
-        return features_of(net, block, device=device)
-    pairs = iter_outputs(net, block, device=device)
-    return torch.cat([features if scores is None else torch.cat((features, scores), 1) for features, scores in pairs])
-
-
 def numbers(
     fake: Fake, reference: Reference, count: int, metrics: Sequence[str] | None, replicates: int, seed: int
 ) -> dict[str, Any]:
@@ -266,11 +279,14 @@ def numbers(
     return {"metrics": {names[m]: found[m].value for m in chosen}, "intervals": intervals}
 
 
-def _warm_up(denoiser: Denoiser, solver: str, n: int, seed: int, cond: Tensor | None, batch_size: int | None) -> None:
+def _warm_up(
+    denoiser: Denoiser, solver: str, n: int, seed: int, cond: Tensor | None, batch_size: int | None,
+    precision: Precision,
+) -> None:  # fmt: skip
     """The first call of a network is slow: it is not part of any samples per second."""
     few = None if cond is None else cond[:n]
     if solver == "ode":
-        ode_sample_nfe(denoiser, n, 1, seed=seed, cond=few, batch_size=batch_size)
+        ode_sample_nfe(denoiser, n, 1, seed=seed, cond=few, batch_size=batch_size, precision=precision)
         return
     steps = min(possible_steps(denoiser) or (1,))
-    sample(denoiser, n, steps=steps, seed=seed, cond=few, batch_size=batch_size)
+    sample(denoiser, n, steps=steps, seed=seed, cond=few, batch_size=batch_size, precision=precision)

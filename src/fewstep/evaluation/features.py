@@ -126,18 +126,52 @@ def _outputs(
         _check_points(batch)
         features, logits = run(batch.to(device))
         features = features.cpu()
-        if features.shape != (len(batch), net.dim):
-            raise DataError(
-                f"The feature net {net.name} returned features of another shape",
-                got=list(features.shape),
-                want=[len(batch), net.dim],
-                do="Compare images of one size only",
-            )
-        if not bool(features.isfinite().all()):
-            raise DataError(
-                f"The feature net {net.name} returned features that are NaN or infinite", do="Check the net"
-            )
+        _check_shape(net, features, len(batch))
+        check_features(net, features)
         yield features, None if logits is None else logits.cpu()
+
+
+@torch.no_grad()
+def outputs_of(
+    net: FeatureNet, block: Tensor, *, logits: bool = False, batch_size: int = 64, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Features of a block ``[b, dim]``, and behind them the logits ``[b, dim + classes]`` where they are wanted.
+
+    On ``device``, which is not waited for: whoever reads them checks them (:func:`check_features`).
+
+    Raises:
+        DataError: features of another shape than promised.
+    """
+    parts = []
+    for batch in torch.split(block.to(device), batch_size):
+        if logits and net.extract_with_logits is not None:
+            features, scores = net.extract_with_logits(batch)
+            _check_shape(net, features, len(batch))
+            parts.append(torch.cat((features, scores), 1))
+        else:
+            parts.append(net.extract(batch))
+            _check_shape(net, parts[-1], len(batch))
+    return torch.cat(parts)
+
+
+def _check_shape(net: FeatureNet, features: Tensor, rows: int) -> None:
+    if features.shape != (rows, net.dim):
+        raise DataError(
+            f"The feature net {net.name} returned features of another shape",
+            got=list(features.shape),
+            want=[rows, net.dim],
+            do="Compare images of one size only",
+        )
+
+
+def check_features(net: FeatureNet, features: Tensor) -> None:
+    """Refuse features, on the CPU, that are not finite.
+
+    Raises:
+        DataError: they are not.
+    """
+    if not features.isfinite().numpy().all():
+        raise DataError(f"The feature net {net.name} returned features that are NaN or infinite", do="Check the net")
 
 
 def _check_points(x: Tensor) -> None:

@@ -18,8 +18,10 @@ from fewstep.data.sources import captions_of, conditions_of
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError, DataError, nearest
 from fewstep.guidance import Guided, evaluations
+from fewstep.inference import Precision, arithmetic, blocks_of
+from fewstep.overlap import Arriving
 from fewstep.randomness import Streams
-from fewstep.sampling import check_times, default_batch_size, few_step_times, ode_sample_nfe, sample
+from fewstep.sampling import check_times, default_batch_size, few_step_run, few_step_times, nfe_run
 
 READ_ROWS, READ_VALUES = 512, 2**26
 """Most samples, and most pixel values, that are read from files at once."""
@@ -41,8 +43,9 @@ class SampleSet:
         labels: the classes that were asked for, int64 ``[count]``, or None.
         about: JSON-able: "solver", "steps", "nfe" (network evaluations per sample), "times" and "seed"; None where
             unknown.
-        blocks: ``blocks(part=0, parts=1)`` starts a pass: uint8 ``[b, c, h, w]`` or float ``[b, k]`` on the CPU, in
-            order; of several parts, every ``parts``-th block beginning with number ``part``.
+        blocks: ``blocks(part=0, parts=1)`` starts a pass: uint8 ``[b, c, h, w]`` or float ``[b, k]`` in order, where
+            they were made (a GPU is not waited for); of several parts, every ``parts``-th block beginning with number
+            ``part``.
     """
 
     name: str
@@ -65,6 +68,8 @@ def generated(
     cond: Tensor | None = None,
     guidance: float | None = None,
     batch_size: int | None = None,
+    precision: Precision = "fp32",
+    compile: bool = False,
 ) -> SampleSet:
     """``n`` samples of a model in ``steps`` network evaluations each; sample i depends on the seed and i alone.
 
@@ -75,10 +80,11 @@ def generated(
             classes, or no prompt.
         guidance: strength, as of :func:`fewstep.sample`; where it doubles the evaluations, "nfe" is twice ``steps``.
         batch_size: samples at once; changes nothing but the rounding.
+        precision, compile: as of :func:`fewstep.sample`; "precision" of ``about`` where it is not fp32.
 
     Raises:
         ConfigError: settings that cannot be sampled with.
-        DataError: (while sampling) a sample is not finite.
+        DataError: (while sampling, at the latest one block later) a sample is not finite.
     """
     if solver not in SOLVERS:
         raise ConfigError(f"There is no solver '{solver}'", do=nearest(solver, SOLVERS))
@@ -91,26 +97,40 @@ def generated(
     cond = draw_labels(denoiser, None, n, seed) if cond is None and denoiser.num_classes else cond
     if cond is not None and len(cond) != n:
         raise ConfigError("There is not one label per sample", got=len(cond), want=n)
-    size = batch_size or default_batch_size(denoiser.sample_shape, denoiser.device)
+    size = min(n, batch_size or default_batch_size(denoiser.sample_shape, denoiser.device))
+    kind = arithmetic(precision, denoiser.device)
+    run = nfe_run(denoiser, steps) if levels is None else few_step_run(denoiser, times=levels)
 
     def blocks(part: int = 0, parts: int = 1) -> Iterator[Tensor]:
-        for start in range(part * size, n, parts * size):
-            count = min(size, n - start)
-            asked = None if cond is None else cond[start : start + count]
-            if levels is None:
-                x = ode_sample_nfe(denoiser, count, steps, seed=seed, cond=asked, guidance=guidance, batch_size=count,
-                                   first=start)  # fmt: skip
-            else:
-                x = sample(denoiser, count, times=levels, seed=seed, cond=asked, guidance=guidance, batch_size=count,
-                           first=start)  # fmt: skip
-            check_finite(x, start)
-            yield to_host(denoiser, x)
+        made = blocks_of(run, denoiser, n, seed=seed, cond=cond, guidance=guidance, batch_size=size,
+                         precision=precision, compile=compile, part=part, parts=parts)  # fmt: skip
+        return _shown(denoiser, made, itertools.count(part * size, parts * size))
 
-    about = {"solver": solver, "steps": steps, "nfe": steps * evaluations(denoiser, guidance), "times": levels,
-             "seed": seed} | ({} if guidance is None else {"guidance": guidance})  # fmt: skip
+    nfe = steps * evaluations(denoiser, guidance)
+    about: dict[str, Any] = {"solver": solver, "steps": steps, "nfe": nfe, "times": levels, "seed": seed}
+    if guidance is not None:
+        about["guidance"] = guidance
+    if kind != "fp32":
+        about["precision"] = kind
     shape, images = shown_shape(denoiser), makes_images(denoiser)
     labels = _classes(cond) if denoiser.num_classes else None
     return SampleSet(solver, n, shape, images, labels, about, blocks)
+
+
+def _shown(denoiser: Denoiser, blocks: Iterator[Tensor], starts: Iterator[int]) -> Iterator[Tensor]:
+    """Blocks as they are shown; one that is not finite is refused when the next one is asked for.
+
+    So no block is waited for before the device has been asked for another (:func:`fewstep.overlap.ahead`).
+    """
+    last: tuple[int, Arriving] | None = None
+    for start, x in zip(starts, blocks, strict=False):
+        bad = Arriving(_bad_rows(x))
+        if last is not None:
+            _refuse(last[0], last[1].get())
+        last = start, bad
+        yield shown(denoiser, x)
+    if last is not None:
+        _refuse(last[0], last[1].get())
 
 
 def from_source(source: Source) -> SampleSet:
@@ -213,11 +233,16 @@ def makes_images(denoiser: Denoiser) -> bool:
     return len(shown_shape(denoiser)) == 3
 
 
+def shown(denoiser: Denoiser, x: Tensor) -> Tensor:
+    """Samples as uint8 images (or float points) where they are; latents are decoded."""
+    if denoiser.codec is not None:
+        return denoiser.codec.decode(x.float())
+    return decode(x, denoiser.value_range) if makes_images(denoiser) else x.float()
+
+
 def to_host(denoiser: Denoiser, x: Tensor) -> Tensor:
     """Samples as uint8 images (or float points) on the CPU; latents are decoded."""
-    if denoiser.codec is not None:
-        return denoiser.codec.decode(x.float()).cpu()
-    return (decode(x, denoiser.value_range) if makes_images(denoiser) else x.float()).cpu()
+    return shown(denoiser, x).cpu()
 
 
 def _levels(denoiser: Denoiser, steps: int, solver: str, times: Sequence[float] | None) -> list[float] | None:
@@ -245,11 +270,16 @@ def uniform_labels(classes: int, n: int, seed: int) -> Tensor:
     return Streams(seed).integers("evaluation/labels", torch.arange(n), classes)
 
 
+def _bad_rows(x: Tensor) -> Tensor:
+    """Which rows hold NaN or infinity, bool ``[b]``, on the device."""
+    if not x.is_floating_point():
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    return ~torch.isfinite(x.flatten(1)).all(1)
+
+
 def _not_finite(x: Tensor) -> Tensor:
     """Row numbers with NaN or infinity."""
-    if not x.is_floating_point():
-        return torch.empty(0, dtype=torch.int64)
-    return (~torch.isfinite(x.flatten(1))).any(1).nonzero().flatten()
+    return _bad_rows(x).nonzero().flatten()
 
 
 def check_finite(x: Tensor, start: int) -> None:
@@ -258,10 +288,15 @@ def check_finite(x: Tensor, start: int) -> None:
     Raises:
         DataError: with the number of the first such sample.
     """
-    bad = _not_finite(x)
-    if len(bad):
+    _refuse(start, _bad_rows(x).cpu())
+
+
+def _refuse(start: int, bad: Tensor) -> None:
+    """Refuse a block whose rows ``bad [b]``, on the CPU, are not finite."""
+    numbers = bad.numpy().nonzero()[0]
+    if len(numbers):
         raise DataError(
             "Some samples are not finite",
-            got=f"NaN or infinity in {len(bad)} of {len(x)}, first in number {start + int(bad[0])}",
+            got=f"NaN or infinity in {len(numbers)} of {len(bad)}, first in number {start + int(numbers[0])}",
             do="The model has diverged or overflows in half precision: take an earlier checkpoint, or float32",
         )

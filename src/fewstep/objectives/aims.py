@@ -16,7 +16,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
 from fewstep.guidance import Guided
 from fewstep.jumps import Model, ddim
-from fewstep.objectives.base import to_device
+from fewstep.objectives.base import AS_IT_IS, Execution, to_device
 from fewstep.objectives.bridges import require_teacher
 from fewstep.objectives.pairs import Pair, rows_where, target_pass
 from fewstep.process import expand
@@ -42,9 +42,11 @@ class Triple:
     clean_gap: Times
 
 
-def place(x_0: Samples, eps: Samples, clocks: Clocks, cond: Condition | None = None) -> Triple:
+def place(
+    x_0: Samples, eps: Samples, clocks: Clocks, cond: Condition | None = None, execute: Execution = AS_IT_IS
+) -> Triple:
     """Host times on the device; which rows have a target is decided here, without asking the device."""
-    rows = rows_where(clocks.r > clocks.s, x_0)
+    rows = rows_where(clocks.r > clocks.s, x_0, execute)
     host = (clocks.t, clocks.r, clocks.gap, clocks.s, clocks.share, clocks.clean_gap)
     t, r, gap, s, share, clean_gap = (to_device(v, x_0) for v in host)
     return Triple(Pair(x_0, eps, t, r, gap, rows, cond), s, share, clean_gap)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,21 @@ class LossOutput:
     logs: dict[str, Tensor | float] = field(default_factory=dict)
 
 
+class Execution:
+    """How the part of a loss that knows only device tensors is run: as it is. A compiling one derives from this."""
+
+    def __call__(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """``function(*arguments)``."""
+        return function(*arguments)
+
+    def rows(self, count: int, batch: int) -> int:
+        """How many rows the target pass takes where ``count`` of ``batch`` need it; more than that keep shapes few."""
+        return count
+
+
+AS_IT_IS = Execution()
+
+
 @dataclass(frozen=True)
 class Beside:
     """The networks beside the student; only ``extra`` is trained with it.
@@ -35,12 +50,14 @@ class Beside:
         companions: frozen networks that follow the student, by name; in training mode, like the student.
         extra: the objective's own parameters (a learned weight, a coupling network).
         features: the feature net of a distance in feature space.
+        execute: runs the part of the loss that can be compiled.
     """
 
     teacher: Denoiser | None = None
     companions: Mapping[str, Denoiser] = field(default_factory=dict)
     extra: nn.Module | None = None
     features: Features | None = None
+    execute: Execution = AS_IT_IS
 
 
 ALONE = Beside()
@@ -113,6 +130,13 @@ class Objective:
         """Loss per sample ``[b]``; gradients flow through the student's own pass (and ``beside.extra``) only."""
         raise NotImplementedError
 
+    def tightness(self, progress: Progress) -> float | None:
+        """q^a: how many gaps t - r there are between t and 0; 1 where the target is given, None where it is not known.
+
+        The rounding of the outputs matters by this factor, so it decides in which arithmetic a step may run.
+        """
+        return None
+
     def describe(self, progress: Progress) -> dict[str, float]:
         """Numbers for the progress bar and the log: stage, typical r/t, ..."""
         return {}
@@ -120,6 +144,11 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Whether ``beside.teacher`` is used."""
+        return False
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its loss hands what can be compiled to ``beside.execute``."""
         return False
 
     @property

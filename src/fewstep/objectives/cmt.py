@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
 from fewstep.jumps import euler_step, heun_step, inv_ddim
-from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
+from fewstep.objectives.base import ALONE, AS_IT_IS, Beside, Execution, LossOutput, Objective, StepRandom, to_device
 from fewstep.objectives.bridges import require_teacher
 from fewstep.objectives.feature_distance import FeatureDistance
 from fewstep.objectives.pairs import network_pass
@@ -20,7 +20,7 @@ from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
 from fewstep.sampling import karras_grid
 from fewstep.segments import Axis, axis_of
-from fewstep.types import Batch, Condition, PerSample, Progress, Samples
+from fewstep.types import Batch, Condition, PerSample, Progress, Samples, Times
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class CMT(Objective):
         return True
 
     @property
+    def compiles(self) -> bool:
+        return True
+
+    @property
     def lands_early(self) -> bool:
         """Whether some rows land above time 0."""
         return self.segments != (1,)
@@ -102,6 +106,9 @@ class CMT(Objective):
         if self.lands_early:
             return self.axis(student).edges(self.nodes).flip(0).tolist()
         return karras_grid(self.nodes, max(self.low, student.sigma_min), student.sigma_max)
+
+    def tightness(self, progress: Progress) -> float | None:
+        return 1.0
 
     def prepare(self, student: Denoiser) -> CMT:
         if not max(self.low, student.sigma_min) < student.sigma_max:
@@ -148,12 +155,26 @@ class CMT(Objective):
         """
         landing = torch.full_like(place, self.nodes) if landing is None else landing
         grid = self.levels(student)
-        states = self.trajectories(require_teacher(beside.teacher), z, grid, cond)
+        states = self.trajectories(require_teacher(beside.teacher), z, grid, cond, beside.execute)
         levels = torch.tensor(grid, dtype=torch.float64)
         t, s = (to_device(levels[node], z) for node in (place, landing))
         here, there = (states[node.to(z.device, non_blocking=True), member] for node in (place, landing))
         labels = None if cond is None else cond[member]
-        out = network_pass(student, here, t, labels, tape and tape.record(), s if self.two_time else None)
+        return beside.execute(self.loss_between, student, here, there, t, s, labels, tape, beside)
+
+    def loss_between(
+        self,
+        student: Denoiser,
+        here: Samples,
+        there: Samples,
+        t: Times,
+        s: Times,
+        cond: Condition | None = None,
+        tape: DropoutTape | None = None,
+        beside: Beside = ALONE,
+    ) -> PerSample:
+        """The loss once the trajectories are known: states ``here`` at t that are to land where ``there`` is, at s."""
+        out = network_pass(student, here, t, cond, tape and tape.record(), s if self.two_time else None)
         goal = inv_ddim(there, here, t, s)
         if self.distance is not None:
             return self.distance(self.penalty, out, goal, t, t, student.sigma_data, beside.features)
@@ -161,12 +182,17 @@ class CMT(Objective):
 
     @torch.no_grad()
     def trajectories(
-        self, teacher: Denoiser, z: Samples, levels: list[float], cond: Condition | None = None
+        self,
+        teacher: Denoiser,
+        z: Samples,
+        levels: list[float],
+        cond: Condition | None = None,
+        execute: Execution = AS_IT_IS,
     ) -> Samples:
         """States at the nodes and at the end, ``[nodes + 1, g, ...]``."""
         ones = to_device(torch.ones(len(z), dtype=torch.float64), z)
         states = [levels[0] * z]
         for t, r in itertools.pairwise(levels):
             step = heun_step if self.solver == "heun" and r > 0 else euler_step
-            states.append(step(teacher, states[-1], t * ones, r * ones, cond))
+            states.append(execute(step, teacher, states[-1], t * ones, r * ones, cond))
         return torch.stack(states)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from torch import Tensor
-
 from fewstep.denoiser import Denoiser
 from fewstep.objectives.base import ALONE, Beside, LossOutput, Objective, StepRandom, to_device
-from fewstep.objectives.pairs import draw_times
+from fewstep.objectives.pairs import draw_times, network_pass
 from fewstep.penalty import Penalty
+from fewstep.randomness import DropoutTape
 from fewstep.times import Law, Lognormal
-from fewstep.types import Batch, PerSample, Progress
+from fewstep.types import Batch, Condition, PerSample, Progress, Samples, Times
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,38 @@ class Diffusion(Objective):
         """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
         t = draw_times(self.law, student, random)
         eps = random.normal("noise", batch.x)
-        with random.tape().record():
-            per_sample = self.loss_at(student, batch.x, t, eps, batch.cond)
-        return LossOutput(per_sample)
+        return LossOutput(self.loss_at(student, batch.x, t, eps, batch.cond, random.tape(), beside))
 
-    def loss_at(self, student: Denoiser, x_0: Tensor, t: Tensor, eps: Tensor, cond: Tensor | None = None) -> PerSample:
+    def loss_at(
+        self,
+        student: Denoiser,
+        x_0: Samples,
+        t: Times,
+        eps: Samples,
+        cond: Condition | None = None,
+        tape: DropoutTape | None = None,
+        beside: Beside = ALONE,
+    ) -> PerSample:
         """The loss at explicit times ``t [b]`` and noise ``eps [b, ...]``."""
-        t = to_device(t, x_0)
+        return beside.execute(self.loss_between, student, x_0, to_device(t, x_0), eps, cond, tape)
+
+    def loss_between(
+        self,
+        student: Denoiser,
+        x_0: Samples,
+        t: Times,
+        eps: Samples,
+        cond: Condition | None = None,
+        tape: DropoutTape | None = None,
+    ) -> PerSample:
+        """The loss once the times are on the device."""
         x_t = student.process.perturb(x_0, eps, t.to(x_0.dtype))
-        return self.penalty(student(x_t, t, cond) - x_0, t, t, student.sigma_data)
+        out = network_pass(student, x_t, t, cond, tape and tape.record())
+        return self.penalty(out - x_0, t, t, student.sigma_data)
+
+    @property
+    def compiles(self) -> bool:
+        return True
+
+    def tightness(self, progress: Progress) -> float | None:
+        return 1.0

@@ -15,7 +15,7 @@ from fewstep.objectives.two_point import Tightening
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape
 from fewstep.times import Law, Lognormal, Mapping, Schedule, Sigmoid, Stages
-from fewstep.types import PerSample
+from fewstep.types import PerSample, Progress
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class ECT(Tightening):
     @property
     def needs_teacher(self) -> bool:
         return super().needs_teacher or self.adaptive is not None
+
+    def tightness(self, progress: Progress) -> float | None:
+        return None if self.adaptive is not None else super().tightness(progress)
 
     def loss_between(
         self, student: Denoiser, both: Pair, tape: DropoutTape | None = None, beside: Beside = ALONE

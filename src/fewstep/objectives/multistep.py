@@ -46,6 +46,10 @@ class Grid:
         nodes = annealed(self.first, self.last, self.share, progress)
         return grid_clocks(axis, random.uniform("times"), counts, nodes)
 
+    def tightness(self, progress: Progress) -> float | None:
+        """N: neighbouring nodes are about t/N apart, or more."""
+        return float(annealed(self.first, self.last, self.share, progress))
+
     def describe(self, progress: Progress) -> dict[str, float]:
         """N."""
         return {"nodes": annealed(self.first, self.last, self.share, progress)}
@@ -69,6 +73,10 @@ class Gaps:
         t = draw_times(self.law, student, random)
         fraction = self.mapping.n(t) / self.schedule.ratio(progress)
         return gap_clocks(t, axis.lower_edge(t, counts), fraction, student.sigma_min)
+
+    def tightness(self, progress: Progress) -> float | None:
+        """q^a."""
+        return self.schedule.ratio(progress)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Stage and the typical r/t at s = 0."""
@@ -116,6 +124,10 @@ class Multistep(Objective):
         return self.step.needs_teacher
 
     @property
+    def compiles(self) -> bool:
+        return True
+
+    @property
     def two_time(self) -> bool:
         return len(set(self.segments)) > 1
 
@@ -151,7 +163,8 @@ class Multistep(Objective):
         beside: Beside = ALONE,
     ) -> PerSample:
         """The loss at explicit times (on the host) and noise."""
-        return self.loss_between(student, place(x_0, eps, clocks, cond), tape, beside)
+        all_three = place(x_0, eps, clocks, cond, beside.execute)
+        return beside.execute(self.loss_between, student, all_three, tape, beside)
 
     def loss_between(
         self, student: Denoiser, all_three: Triple, tape: DropoutTape | None = None, beside: Beside = ALONE
@@ -164,6 +177,9 @@ class Multistep(Objective):
             aim, x_r = self.step(both, x_t, beside.teacher)
             y = target_aim(student, all_three, aim, x_r, tape, self.two_time)
         return self.penalty(g - y, both.t, all_three.clean_gap, student.sigma_data)
+
+    def tightness(self, progress: Progress) -> float | None:
+        return self.pairing.tightness(progress)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         return self.pairing.describe(progress)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.objectives.base import Beside, StepRandom, to_device
+from fewstep.objectives.base import AS_IT_IS, Beside, Execution, StepRandom, to_device
 from fewstep.process import expand
 from fewstep.randomness import DropoutTape
 from fewstep.times import Law, draw
@@ -23,7 +24,7 @@ class Pair:
     Args:
         x_0, eps: data and noise ``[b, ...]``; cond: labels or None.
         t, r, gap: ``[b]``, with ``gap = t - r`` computed without cancellation.
-        rows: which rows have r > 0, int64; only they enter the network a second time.
+        rows: which rows enter the network a second time, int64: those with r > 0, and perhaps a few others.
         low: which rows have a low t, int64, for :class:`fewstep.objectives.anchor.Anchor`; None if nobody asked.
         guidance: strengths w ``[b]`` that bridge, student and target are told; None where they are told none.
     """
@@ -76,20 +77,26 @@ def make_pair(
     cond: Condition | None = None,
     low: float | None = None,
     guidance: Times | None = None,
+    execute: Execution = AS_IT_IS,
 ) -> Pair:
     """The pair of host times ``t, r, gap [b]``, and of host strengths of guidance.
 
     Which rows have r = 0, and which have t < ``low``, is decided here, without asking the device.
     """
-    rows = rows_where(r > 0, x_0)
+    rows = rows_where(r > 0, x_0, execute)
     lowest = None if low is None else rows_where(t < low, x_0)
     t, r, gap = (to_device(v, x_0) for v in (t, r, gap))
     return Pair(x_0, eps, t, r, gap, rows, cond, lowest, None if guidance is None else to_device(guidance, x_0))
 
 
-def rows_where(mask: Tensor, like: Tensor) -> Tensor:
-    """Indices of the true rows of a host ``mask [b]``, int64, on the device of ``like``."""
-    return torch.from_numpy(mask.numpy().nonzero()[0]).to(like.device, non_blocking=True)
+def rows_where(mask: Tensor, like: Tensor, execute: Execution = AS_IT_IS) -> Tensor:
+    """Indices of the true rows of a host ``mask [b]``, int64, on the device of ``like``.
+
+    Where ``execute`` wants more rows than that, the first false ones follow.
+    """
+    order = np.argsort(~mask.numpy(), kind="stable")
+    chosen = order[: execute.rows(int(mask.sum()), len(mask))]
+    return torch.from_numpy(np.ascontiguousarray(chosen)).to(like.device, non_blocking=True)
 
 
 def predictions(
@@ -117,14 +124,15 @@ def target_pass(
     s: Times | None = None,
     guidance: Times | None = None,
 ) -> Samples:
-    """``sg f(x_r, r)`` on ``rows`` (those with r > 0, int64), ``x_r`` elsewhere."""
+    """``sg f(x_r, r)`` on those of ``rows`` (int64) that have r > 0, ``x_r`` elsewhere."""
     if len(rows) == 0:
         return x_r
+    noisy = expand(r > 0, x_r)
     if len(rows) == len(x_r):
-        return network_pass(target, x_r, r, cond, tape and tape.replay(), s, guidance)
+        return torch.where(noisy, network_pass(target, x_r, r, cond, tape and tape.replay(), s, guidance), x_r)
     cond, s, guidance = (None if v is None else v[rows] for v in (cond, s, guidance))
     out = network_pass(target, x_r[rows], r[rows], cond, tape and tape.replay(rows), s, guidance)
-    return x_r.index_copy(0, rows, out)
+    return torch.where(noisy, x_r.index_copy(0, rows, out), x_r)
 
 
 def network_pass(

@@ -44,6 +44,10 @@ class Sequence(Objective):
         return self.first.needs_teacher or self.then.needs_teacher
 
     @property
+    def compiles(self) -> bool:
+        return self.first.compiles or self.then.compiles
+
+    @property
     def two_time(self) -> bool:
         return self.then.two_time
 
@@ -109,6 +113,10 @@ class Sequence(Objective):
         own = {k.removeprefix(f"{name}-"): v for k, v in beside.companions.items() if k.startswith(f"{name}-")}
         objective: Objective = getattr(self, name)
         return objective.loss(student, batch, inside, random, replace(beside, companions=own))
+
+    def tightness(self, progress: Progress) -> float | None:
+        name, inside = self.part(progress)
+        return getattr(self, name).tightness(inside)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """The numbers of the current part, and which it is: 1 or 2."""

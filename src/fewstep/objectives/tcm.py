@@ -142,8 +142,8 @@ class TCM(TwoPoint):
         else:
             t = draw_times(self.law, student, random)
             r, gap = pair(self.mapping, t, ratio, student.sigma_min)
-            both = make_pair(batch.x, eps, t, r, gap, batch.cond, self.levers.low)
-            loss = self.gap_loss(student, student, both, random.tape(), beside)
+            both = make_pair(batch.x, eps, t, r, gap, batch.cond, self.levers.low, execute=beside.execute)
+            loss = beside.execute(self.gap_loss, student, student, both, random.tape(), beside)
         return LossOutput(plus(loss, cost))
 
     def draw(self, random: StepRandom, high: float) -> tuple[Times, Tensor]:
@@ -193,6 +193,9 @@ class TCM(TwoPoint):
         weight = self.boundary_weight / self.boundary if self.boundary > 0 else 0.0
         share = held.double()
         return share * weight + (1 - share) / (1 - self.boundary)
+
+    def tightness(self, progress: Progress) -> float | None:
+        return self.schedule.ratio(progress)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Stage of the schedule, the typical r/t, and whether the second stage has begun."""

@@ -72,6 +72,10 @@ class TRACT(Objective):
     def needs_teacher(self) -> bool:
         return True
 
+    @property
+    def compiles(self) -> bool:
+        return True
+
     def phase(self, progress: Progress) -> int:
         """The current phase, 0 to ``phases - 1``; all are equally long."""
         return min(progress.images_seen * self.phases // progress.total_images, self.phases - 1)
@@ -124,7 +128,8 @@ class TRACT(Objective):
         beside: Beside = ALONE,
     ) -> PerSample:
         """The loss at explicit times (on the host) and noise."""
-        return self.loss_between(student, place(x_0, eps, clocks, cond), phase, tape, beside)
+        all_three = place(x_0, eps, clocks, cond, beside.execute)
+        return beside.execute(self.loss_between, student, all_three, phase, tape, beside)
 
     def loss_between(
         self,

@@ -30,6 +30,10 @@ class TwoPoint(Objective):
         return self.bridge.needs_teacher or self.levers.needs_teacher
 
     @property
+    def compiles(self) -> bool:
+        return True
+
+    @property
     def guidance_range(self) -> tuple[float, float] | None:
         high = getattr(self.bridge, "guidance_max", None)
         return None if high is None else (getattr(self.bridge, "guidance", 1.0), high)
@@ -106,8 +110,8 @@ class Neighbours(TwoPoint):
         guidance: Times | None = None,
     ) -> PerSample:
         """The loss at explicit host times ``t > r >= 0 [b]``, noise ``eps [b, ...]`` and strengths of guidance."""
-        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low, guidance)
-        return self.gap_loss(student, self.target_of(student, beside), both, tape, beside)
+        both = make_pair(x_0, eps, t, r, t - r, cond, self.levers.low, guidance, beside.execute)
+        return beside.execute(self.gap_loss, student, self.target_of(student, beside), both, tape, beside)
 
 
 class Tightening(TwoPoint):
@@ -150,14 +154,17 @@ class Tightening(TwoPoint):
             guidance: strengths w ``[b]`` on the host, where the student is told them.
         """
         r, gap = pair(self.mapping, t.double(), ratio, student.sigma_min)
-        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low, guidance)
-        return self.loss_between(student, both, tape, beside)
+        both = make_pair(x_0, eps, t, r, gap, cond, self.levers.low, guidance, beside.execute)
+        return beside.execute(self.loss_between, student, both, tape, beside)
 
     def loss_between(
         self, student: Denoiser, both: Pair, tape: DropoutTape | None = None, beside: Beside = ALONE
     ) -> PerSample:
         """The loss once the times are known, all on the device; ``torch.compile`` makes one graph of it."""
         return self.gap_loss(student, student, both, tape, beside)
+
+    def tightness(self, progress: Progress) -> float | None:
+        return self.schedule.ratio(progress)
 
     def describe(self, progress: Progress) -> dict[str, float]:
         """Stage and the typical r/t (at large t, where n(t) = 1)."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from fewstep.arithmetic import Precision
 from fewstep.ema import AnyEMA, ConstantEMA
 from fewstep.errors import ConfigError
 from fewstep.objectives import ECT, Objective
@@ -169,6 +170,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """How a step is executed; the objective and its gradient stay the same, up to rounding (docs/performance.md).
+
+    Args:
+        compile: one ``torch.compile`` graph of the whole loss; "auto" is on a GPU with a compiler, for runs of at least
+            100,000 images (compiling takes minutes).
+        graphs: replay the compiled graph as CUDA graphs, for small networks, which wait for their kernels' launches.
+        layout: of the convolutions' memory, "contiguous" or "channels_last"; "auto" chooses by device and arithmetic.
+        recompute: keep only the inputs of the network's blocks and compute the rest again in the backward pass: a
+            quarter more time, a fraction of the memory.
+        resident: keep the images on the GPU as bytes; "auto" is where they fill at most a quarter of its free memory.
+    """
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    graphs: bool = False
+    layout: Literal["auto", "contiguous", "channels_last"] = "auto"
+    recompute: bool = False
+    resident: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """When a run writes what; all in training images.
 
@@ -225,7 +247,9 @@ class RunConfig:
         batch_size: global, over all processes; micro_batch: per pass and process, None for all at once.
         adapter: train adapters instead of the network (``--set adapter.kind=lora``); None trains the network.
         emas: moving averages; the first one is the model that comes out.
-        precision: "fp32", "tf32" (CUDA) or "bf16" autocast.
+        precision: arithmetic of the passes over fp32 weights: "fp32", "tf32" (CUDA), "fp16" (CUDA, loss scaling),
+            "bf16", or "auto", the fastest that resolves the gap between student and target (docs/performance.md).
+        speed: how a step is executed.
         note: shown by ``fewstep recipes`` and in the report, for example "not measured here".
     """
 
@@ -237,13 +261,14 @@ class RunConfig:
     images: int = 1_024_000
     batch_size: int = 128
     micro_batch: int | None = None
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     adapter: LoRA | None = None
     objective: Objective = field(default_factory=ECT)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     emas: tuple[AnyEMA, ...] = (ConstantEMA(0.9999),)
     output: OutputConfig = field(default_factory=OutputConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

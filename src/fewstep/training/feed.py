@@ -1,8 +1,10 @@
-"""From source to batches: a pure function of the images seen, read one step ahead."""
+"""From source to batches: a pure function of the images seen, read one step ahead, or once and for all."""
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,10 +28,20 @@ class Feed:
         model: gives value range, form of the conditions and device.
         config: label dropping and mirroring.
         seed: of the data order.
+        resident: keep all samples on the model's device; "auto" is on a GPU where they fill at most a quarter of
+            its free memory.
     """
 
-    def __init__(self, source: Source, model: Denoiser, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        model: Denoiser,
+        config: DataConfig,
+        seed: int,
+        resident: Literal["auto", "on", "off"] = "off",
+    ) -> None:
         self._source, self._model, self._config = source, model, config
+        self._all = _all_of(source, model.device) if _stays(source, model.device, resident) else None
         self._seed, self._streams = seed, Streams(seed)
         nothing = model.condition(None, 1)
         self._nothing = torch.zeros(0) if nothing is None else nothing.detach().float().cpu()
@@ -45,6 +57,8 @@ class Feed:
         self._next = (following, self._pool.submit(self._read, following)) if following is not None else None
         device = self._model.device
         x = x.to(device, non_blocking=True)
+        if self._all is not None:
+            x = self._mirror(self._all[x], torch.arange(positions.start, positions.stop))
         if self._source.is_images:
             x = encode(x, self._model.value_range, self._model.dtype)
         else:
@@ -56,14 +70,20 @@ class Feed:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, positions: range) -> tuple[Tensor, Tensor | None]:
+        """Samples, or only their indices where the samples are on the device; and labels."""
         index = indices_at(self._seed, positions.start, len(positions), len(self._source))
-        x = self._source.read(index)
         where = torch.arange(positions.start, positions.stop)
-        if self._config.flip:
-            mirrored = self._streams.uniform("flip", where) < 0.5
-            x = torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
+        resident = self._all is not None
+        x = torch.from_numpy(index) if resident else self._mirror(self._source.read(index), where)
         x = x.pin_memory() if self._model.device.type == "cuda" else x
         return x, self._labels(index, where)
+
+    def _mirror(self, x: Tensor, where: Tensor) -> Tensor:
+        """Half of the images, mirrored; which, depends on the position alone."""
+        if not self._config.flip:
+            return x
+        mirrored = (self._streams.uniform("flip", where) < 0.5).to(x.device, non_blocking=True)
+        return torch.where(mirrored.reshape(-1, 1, 1, 1), x.flip(-1), x)
 
     def _labels(self, index: np.ndarray, where: Tensor) -> Tensor | None:
         """Packed rows for samples ``index``; those that are dropped say nothing, in the model's way."""
@@ -81,3 +101,29 @@ class Feed:
         if classes == 0 or self._source.labels is None:
             return None
         return torch.nn.functional.one_hot(torch.from_numpy(self._source.labels[index]), classes).float()
+
+
+BLOCK = 4096
+"""Samples that are read at once on their way to the device."""
+
+
+def _stays(source: Source, device: torch.device, resident: Literal["auto", "on", "off"]) -> bool:
+    """Whether all samples are to be kept on the device."""
+    if resident != "auto":
+        return resident == "on"
+    if device.type != "cuda":
+        return False
+    size = len(source) * math.prod(source.shape) * (1 if source.is_images else 4)
+    return 4 * size <= torch.cuda.mem_get_info(device)[0]
+
+
+def _all_of(source: Source, device: torch.device) -> Tensor:
+    """Every sample, ``[n, ...]``, as the source gives them."""
+    count = len(source)
+    first = source.read(np.arange(min(BLOCK, count)))
+    out = torch.empty(count, *first.shape[1:], dtype=first.dtype, device=device)
+    out[: len(first)] = first.to(device)
+    for start in range(BLOCK, count, BLOCK):
+        rows = np.arange(start, min(start + BLOCK, count))
+        out[start : start + len(rows)] = source.read(rows).to(device)
+    return out

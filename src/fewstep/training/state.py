@@ -95,7 +95,9 @@ def restore_state(trainer: Trainer, run: Path) -> Path:
         load_weights(trainer.beside.extra, read_tensors(path / "extra.safetensors"), str(path))
     optimizer = path / "optimizer.safetensors"
     restore_optimizer(trainer.trained, trainer.optimizer, read_tensors(optimizer), str(optimizer))
-    trainer.sums.copy_(read_tensors(path / "sums.safetensors")["sums"].to(trainer.sums))
+    sums = read_tensors(path / "sums.safetensors")["sums"]
+    trainer.sums[: len(sums)].copy_(sums)
+    trainer.scaling.restore(record.get("scaling", {}))
     trainer.images_seen, trainer.summed_steps = int(record["images_seen"]), int(record["summed_steps"])
     return path
 
@@ -127,6 +129,7 @@ def _record(trainer: Trainer) -> dict[str, object]:
     return header(KIND) | {
         "images_seen": trainer.images_seen,
         "summed_steps": trainer.summed_steps,
+        "scaling": trainer.scaling.state(),
         "data": trainer.source.fingerprint,
         "teacher": trainer.followed,
         "torch": torch.__version__,

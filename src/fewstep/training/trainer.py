@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fewstep import ema
-from fewstep.backbones.layout import LocalDropout
+from fewstep.arithmetic import Arithmetic, rounding, tf32
 from fewstep.checkpoint.adapter import describe_base
 from fewstep.checkpoint.model import describe, meaning, weights_hash
 from fewstep.data import Source
@@ -26,10 +26,21 @@ from fewstep.objectives.base import Features
 from fewstep.objectives.bridges import require_teacher
 from fewstep.process import EDM
 from fewstep.randomness import Streams
-from fewstep.training.config import RunConfig, StudentConfig
+from fewstep.training.arithmetic import Scaling, arithmetic
+from fewstep.training.config import RunConfig
+from fewstep.training.execution import execution, set_layout
 from fewstep.training.feed import Feed
 from fewstep.training.frozen import base_path, frozen_names, resting_parts, sharing_copy
-from fewstep.training.optim import learning_rate, make_optimizer, sanitise, set_learning_rate
+from fewstep.training.network import (
+    after_step,
+    after_steps,
+    set_dropout,
+    set_recomputation,
+    train_mode,
+    trained_parts,
+    unused_parameters,
+)
+from fewstep.training.optim import align_gradients, learning_rate, make_optimizer, sanitise, set_learning_rate
 from fewstep.types import Batch, Progress
 from fewstep.weights import tensors_of
 from fewstep.world import World
@@ -42,6 +53,7 @@ class StepReport:
     progress: Progress
     lr: float
     schedule: dict[str, float]
+    arithmetic: Arithmetic
 
 
 class Trainer:
@@ -78,16 +90,21 @@ class Trainer:
             parameter.requires_grad_(False)
         self.frozen = frozen_names(self.student.backbone, config)
         self.resting = resting_parts(self.student.backbone, config, self.frozen)
-        after_step(self.student)
+        set_recomputation(self.student, config.speed)
         self.objective = config.objective.prepare(self.student)
+        last = self.arithmetic(Progress(config.images - 1, config.images))
+        set_layout([self.student, *([teacher] if teacher else [])], config.speed, last, shared=bool(self.frozen))
+        after_step(self.student)
         self.averages = [_frozen_copy(self.student, self.frozen) for _ in config.emas]
         self.beside = self._company(teacher, features)
         self.trained = trained_parts(self.student, self.beside.extra)
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.images_seen = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        """Since the last log row: loss, gradient norm, and how many of either were not finite."""
+        self.scaling = Scaling(world.device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+        """Since the last log row: loss, gradient norm, how many were not finite, and how many steps fp16 skipped."""
         self.summed_steps = 0
+        self._after_step = after_steps(self.student)
         self._streams = Streams(config.seed)
         self._module = _LossModule(self.student, self.objective, self.beside)
         self._wrapped: nn.Module = self._module
@@ -105,7 +122,12 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             extra = objective.extra(self.student)
-        return Beside(frozen, companions, None if extra is None else extra.to(device), features)
+        execute = execution(self.config, objective, device)
+        return Beside(frozen, companions, None if extra is None else extra.to(device), features, execute)
+
+    def arithmetic(self, progress: Progress) -> Arithmetic:
+        """In which arithmetic the step runs that starts at ``progress``."""
+        return arithmetic(self.config.precision, self.objective.tightness(progress), self.world.device)
 
     @property
     def progress(self) -> Progress:
@@ -135,38 +157,55 @@ class Trainer:
 
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
-        feed = Feed(self.source, self.student, self.config.data, self.config.seed)
+        feed = Feed(self.source, self.student, self.config.data, self.config.seed, self.config.speed.resident)
         try:
             while self.images_seen < self.config.images:
-                with _matmul_precision(self.config.precision, self.world.device):
-                    report = self._step(feed)
+                kind = self.arithmetic(self.progress)
+                with tf32(kind, self.world.device):
+                    report = self._step(feed, kind)
                 yield report
         finally:
             feed.close()
 
-    def _step(self, feed: Feed) -> StepReport:
-        config, start, progress = self.config, self.images_seen, self.progress
+    def _step(self, feed: Feed, kind: Arithmetic) -> StepReport:
+        config, progress = self.config, self.progress
         lr = learning_rate(config.optim, progress)
-        set_learning_rate(self.optimizer, lr)
+        set_learning_rate(self.optimizer, config.optim, lr, self.images_seen // config.batch_size + 1)
         self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(feed, start, progress)
+        loss = self._backward(feed, progress, kind)
         if self.world.size > 1:
             _require_gradients(self.trained)
-        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
-        if config.optim.guard != "stop":
-            sanitise(gradients, infinity=1e5 if config.optim.guard == "clamp" else 0.0)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if config.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.trained.parameters()), config.optim.clip, norm)
-        self.optimizer.step()
-        after_step(self.student)
+        norm = self._update(kind)
         self.images_seen += config.batch_size
         self._average()
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        self.sums += torch.stack((loss, norm, bad.to(loss.dtype))).double()
+        self._count(loss, norm, kind)
+        return StepReport(self.progress, lr, self.objective.describe(progress), kind)
+
+    def _update(self, kind: Arithmetic) -> Tensor:
+        """Move the weights by their gradients; the norm of these. Nothing here waits for the device."""
+        config = self.config.optim
+        align_gradients(self.trained)
+        self.scaling.unscale(self.optimizer, kind)
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        if config.guard != "stop" and kind != "fp16":
+            sanitise(gradients, infinity=1e5 if config.guard == "clamp" else 0.0)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if config.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self.trained.parameters()), config.clip, norm)
+        self.scaling.step(self.optimizer, kind)
+        for act in self._after_step:
+            act()
+        return norm
+
+    def _count(self, loss: Tensor, norm: Tensor, kind: Arithmetic) -> None:
+        """Add the step to the sums; an overflow of fp16's gradients is a skipped step, not an error."""
+        finite = torch.isfinite(norm)
+        skipped = ~finite if kind == "fp16" else torch.zeros_like(finite)
+        bad = ~(torch.isfinite(loss) & (finite | skipped))
+        counted = torch.where(skipped, 0, norm)
+        self.sums += torch.stack((loss, counted, bad.to(loss.dtype), skipped.to(loss.dtype))).double()
         self.summed_steps += 1
-        return StepReport(self.progress, lr, self.objective.describe(progress))
 
     def _average(self) -> None:
         """Move the averages and the companions after a step; in the objective's order, so that chains are defined."""
@@ -180,11 +219,12 @@ class Trainer:
     def _train_mode(self) -> None:
         """Training mode (dropout on) for the student and its companions: they share their dropout masks."""
         for network in (self.student, *self.beside.companions.values()):
-            train_mode(network, self.resting)
+            if not network.training:
+                train_mode(network, self.resting)
 
-    def _backward(self, feed: Feed, start: int, progress: Progress) -> Tensor:
+    def _backward(self, feed: Feed, progress: Progress, kind: Arithmetic) -> Tensor:
         """Accumulate gradients over this process's share of the global batch; mean loss of the share."""
-        config = self.config
+        config, start = self.config, self.images_seen
         share = self.world.share(config.batch_size)
         size = config.micro_batch or len(share)
         parts = [range(start + a, start + min(a + size, share.stop)) for a in range(share.start, share.stop, size)]
@@ -195,9 +235,9 @@ class Trainer:
             random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device)
             last = part is parts[-1]
             with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():  # type: ignore[operator]
-                with autocast(config.precision, self.world.device):
+                with rounding(kind, self.world.device, self.student.sample_shape):
                     loss = self._wrapped(batch, progress, random).sum() / len(share)
-                loss.backward()
+                self.scaling.backward(loss, kind)
             total += loss.detach()
         return total
 
@@ -207,13 +247,14 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or a gradient was not finite.
         """
-        loss, norm, bad = self.world.mean(self.sums).tolist()
-        if bad > 0:
+        loss, norm, bad, skipped = self.world.mean(self.sums).tolist()
+        if bad > 0 or self.scaling.exhausted():
             raise self._not_finite()
         steps = max(self.summed_steps, 1)
         self.sums.zero_()
         self.summed_steps = 0
-        return {"loss": loss / steps, "grad_norm": norm / steps}
+        row = {"loss": loss / steps, "grad_norm": norm / max(steps - skipped, 1)}
+        return row | {"skipped": skipped} if self.scaling.used else row
 
     def require_finite(self) -> None:
         """Check the weights, and everything since the last log row (reads the device).
@@ -222,7 +263,7 @@ class Trainer:
             NonFiniteError: a loss, a gradient or a weight is not finite.
         """
         weights = torch.stack([torch.isfinite(p).all() for p in self.student.parameters()]).all()
-        if not bool(((self.world.mean(self.sums)[2] == 0) & weights).item()):
+        if not bool(((self.world.mean(self.sums)[2] == 0) & weights).item()) or self.scaling.exhausted():
             raise self._not_finite()
 
     def _not_finite(self) -> NonFiniteError:
@@ -246,59 +287,6 @@ class _LossModule(nn.Module):
         return self._objective.loss(self.student, batch, progress, random, self._beside).per_sample
 
 
-def trained_parts(student: Denoiser, extra: nn.Module | None) -> nn.Module:
-    """Everything with gradients, as one module: ``backbone`` and, where the objective has its own, ``extra``."""
-    parts = {"backbone": student.backbone}
-    return nn.ModuleDict(parts if extra is None else parts | {"extra": extra})
-
-
-def after_step(student: Denoiser) -> None:
-    """What the network's layers do after every step of the optimiser (EDM2: forced weight normalisation).
-
-    Not those that are frozen, whose weights are the teacher's memory.
-    """
-    for layer in student.backbone.modules():
-        act = getattr(layer, "after_step", None)
-        if act is not None and any(p.requires_grad for p in layer.parameters()):
-            act()
-
-
-def set_dropout(module: nn.Module, config: StudentConfig) -> None:
-    """Give the network's dropout layers the configured probability; None leaves them alone.
-
-    With ``dropout_max_resolution`` only those that act there or below; those above get 0.
-
-    Raises:
-        ConfigError: dropout is asked for by resolution, which this network's layers do not say.
-    """
-    if config.dropout is None:
-        return
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    most = config.dropout_max_resolution
-    if most is not None and not (layers and all(isinstance(layer, LocalDropout) for layer in layers)):
-        raise ConfigError(
-            "This network does not say at which resolution its dropout layers act (edm, adm and edm2 do)",
-            got=f"student.dropout_max_resolution={most}",
-            do="Leave it out: --set student.dropout_max_resolution=null",
-        )
-    for layer in layers:
-        above = most is not None and isinstance(layer, LocalDropout) and layer.resolution > most
-        layer.p = 0.0 if above else config.dropout
-
-
-def unused_parameters(student: Denoiser) -> Iterator[nn.Parameter]:
-    """Parameters that take no part in any loss, wherever that network is.
-
-    They are EDM's ``map_augment``, without augmentation labels, and EDM2's ``logvar_linear``.
-    """
-    for module in student.modules():
-        for name in ("map_augment", "logvar_linear"):
-            part = getattr(module, name, None)
-            if part is not None:
-                yield from part.parameters()
-
-
 def _require_gradients(trained: nn.Module) -> None:
     """Several processes wait for every gradient: name the parameters that get none."""
     idle = [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
@@ -308,33 +296,6 @@ def _require_gradients(trained: nn.Module) -> None:
             got=", ".join(idle[:8]),
             do="Freeze them before: parameter.requires_grad_(False)",
         )
-
-
-def train_mode(network: Denoiser, resting: Collection[str] = ()) -> None:
-    """Training mode (dropout on), except for ``resting`` parts and for batch normalisation, which keeps its statistics.
-
-    Two passes per step, over different rows, would mix their statistics in.
-    """
-    network.train()
-    for layer in network.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
-    for name in resting:
-        network.backbone.get_submodule(name).eval()
-
-
-@contextmanager
-def _matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """TF32 exactly where the configuration asks for it, for the length of a step."""
-    if device.type != "cuda":
-        yield
-        return
-    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
 
 
 def _frozen_copy(network: Denoiser, frozen: Collection[str]) -> Denoiser:
@@ -370,10 +331,3 @@ def _agree(student: Denoiser, world: World) -> None:
     if world.size > 1:
         for tensor in student.state_dict().values():
             torch.distributed.broadcast(tensor, 0)
-
-
-def autocast(precision: str, device: torch.device) -> Any:
-    """The arithmetic of a pass: bf16 where asked for, else as the weights are."""
-    if precision != "bf16":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
