@@ -1,14 +1,15 @@
 """TF32, fp16 and bf16 as an NVIDIA GPU computes them, emulated on a CPU.
 
     with emulate("fp16"):
-        loss = network(x).square().mean()
+        with torch.autocast("cpu", torch.float16):
+            loss = network(x).square().mean()
         (1024 * loss).backward()  # inside, too
 
 Convolutions, matrix products and attention, forward and backward, get operands rounded to the format (to nearest, ties
 to even), multiply and add in fp32, and round what they return: to the format in fp16 and bf16, not at all in TF32. In
-fp16 and bf16 tensors really have the 16-bit dtype wherever ``torch.autocast("cuda")`` would give it to them, so that
-every operation between (SiLU, add, cat, multiply) rounds its result, fp16 overflows to inf and underflows to 0, and
-those on autocast's fp32 list (norms, softmax, exp, pow, sum) run in fp32. Weights stay fp32 and are cast at every use.
+fp16 and bf16 tensors really have the 16-bit dtype, and the CPU's autocast casts where CUDA's would, so that every
+operation between (SiLU, add, cat, multiply) rounds its result, fp16 overflows to inf and underflows to 0, and those on
+autocast's fp32 list (norms, softmax, exp, pow, sum) run in fp32. Weights stay fp32 and are cast at every use.
 
 Not emulated: the order of a tensor core's sums, the dropping of bits in its accumulator, and Winograd transforms.
 """
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,46 +66,14 @@ WIDEST = {torch.addcmul, torch.addcdiv, torch.Tensor.addcmul, torch.Tensor.addcd
 
 @contextmanager
 def emulate(kind: Kind) -> Iterator[None]:
-    """Compute as a GPU does in "tf32", or under autocast in "fp16" or "bf16"; the backward pass belongs inside."""
+    """Compute as a GPU does in "tf32", or, where ``torch.autocast("cpu")`` is on, as under CUDA's autocast in "fp16" or
+    "bf16"; the backward pass belongs inside."""
     if kind == "tf32":
         with _Products(None), _Attention():
             yield
     else:
         with _Products(DTYPES[kind]), _Autocast(DTYPES[kind]):
             yield
-
-
-@contextmanager
-def exact_edges(network: nn.Module, channels: int, dtype: torch.dtype) -> Iterator[None]:
-    """Under autocast, real or emulated, run the layers at the network's edges in fp32.
-
-    These are the convolutions that read or write samples of ``channels`` channels, and the linear layers that see one
-    row per sample (embeddings and what they modulate). The first convolution's result is rounded to ``dtype`` again, so
-    that everything between stays in 16 bit. Together less than 1 % of a U-Net's operations.
-    """
-    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
-    first = [m for m in convolutions if m.in_channels == channels]
-    edges = [m for m in convolutions if channels in (m.in_channels, m.out_channels)]
-    edges += [m for m in network.modules() if isinstance(m, nn.Linear)]
-    for layer in edges:
-        layer.forward = _exactly(layer, dtype if layer in first else torch.float32)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in edges:
-            del layer.forward
-
-
-def _exactly(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    plain = layer.forward
-
-    def forward(x: Tensor) -> Tensor:
-        if isinstance(layer, nn.Linear) and x.ndim > 2:
-            return plain(x)
-        with torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunction():
-            return plain(x.float()).to(dtype)
-
-    return forward
 
 
 def round_mantissa(x: Tensor, bits: int) -> Tensor:
@@ -168,7 +137,7 @@ class _Attention(TorchFunctionMode):
 
 
 class _Autocast(TorchFunctionMode):
-    """``torch.autocast("cuda", dtype)`` on a CPU, whose own autocast has other lists."""
+    """Where the CPU's autocast is on, does what ``torch.autocast("cuda", dtype)`` would, whose lists are others."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -182,12 +151,12 @@ class _Autocast(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        wanted = self._wanted(func, args)
+        wanted = self._wanted(func, args) if torch.is_autocast_enabled("cpu") else None
         if wanted is not None:
             args, kwargs = _cast(args, wanted), {key: _cast(value, wanted) for key, value in kwargs.items()}
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        run = attention if func is F.scaled_dot_product_attention else func
+        with torch.autocast("cpu", enabled=False):
+            return run(*args, **kwargs)
 
     def _wanted(self, func: Callable[..., Any], args: tuple[Any, ...]) -> torch.dtype | None:
         if func in LOWER:

@@ -26,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from precision_step import MODES, RECIPE, STAGES, Training, computing, parameters
-from torch import Tensor, nn
-
 from fewstep import EDM, Denoiser, load, open_source
 from fewstep.checkpoint.store import read_tensors, write_tensors
 from fewstep.data import Source
@@ -41,8 +38,10 @@ from fewstep.runs import demo_teacher
 from fewstep.training.config import DataConfig
 from fewstep.training.feed import Feed
 from fewstep.weights import load_weights
+from precision_step import MODES, RECIPE, STAGES, Training, computing, parameters, passes
+from torch import Tensor, nn
 
-KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "bf16", "bf16+edges", "bf16-cpu")
+KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "bf16", "bf16+edges", "bf16-cpu", "bf16-cpu+edges")
 DROPOUT = 0.2
 FRESH = 50_000_000
 """Position in the data order from where gradients are measured: far behind those trained on."""
@@ -164,9 +163,10 @@ def gradient(student: Denoiser, objective: ECT, rows: Rows, ratio: float, kind: 
     x, eps, cond = (None if v is None else v.to(dtype) for v in (rows.x, rows.eps, rows.cond))
     penalty = Gaps(objective.penalty.distance, objective.penalty.weight, objective.penalty.c)
     student.zero_grad(set_to_none=True)
-    with computing(kind, student):
+    with computing(kind):
         tape = DropoutTape(Streams(1), rows.index)
-        loss = replace(objective, penalty=penalty).loss_at(student, x, rows.t, eps, ratio, cond, tape)
+        with passes(kind, student):
+            loss = replace(objective, penalty=penalty).loss_at(student, x, rows.t, eps, ratio, cond, tape)
         (loss.mean() * scale).backward()
     parts = [p.grad.double().flatten() / scale for p in parameters(student) if p.grad is not None]
     return Found(torch.cat(parts), loss.detach().double(), penalty.seen[0].flatten(1))
@@ -257,7 +257,7 @@ def predict(student: Denoiser, exact: Denoiser, rows: Rows, truth: Found, ratio:
     cond = None if rows.cond is None else rows.cond.double()
     with tape.record():
         true = exact(x_t, rows.t, cond)
-    with computing(kind, student), DropoutTape(Streams(1), rows.index).record():
+    with computing(kind), passes(kind, student), DropoutTape(Streams(1), rows.index).record():
         mine = student(x_t.float(), rows.t.float(), rows.cond)
     network = (true - expand(skip, x_t) * x_t).flatten(1).norm(dim=1)
     output = (mine.double() - true).flatten(1).norm(dim=1)

@@ -15,9 +15,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt
-
 from fewstep.training.arithmetic import BF16_UP_TO, FP16_UP_TO
+from matplotlib import pyplot as plt
 
 Row = dict[str, Any]
 KINDS = {"bf16": "C3", "bf16+edges": "C1", "fp16": "C0", "fp16+edges": "C9", "tf32": "C2", "fp32": "C7"}

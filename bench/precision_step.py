@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from emulate import DTYPES, emulate, exact_edges
-from torch import Tensor, nn
-
+from emulate import emulate
 from fewstep import Denoiser
+from fewstep.arithmetic import HALF, rounding
 from fewstep.data import Source
 from fewstep.objectives import ECT, StepRandom
 from fewstep.penalty import Penalty
@@ -21,6 +20,7 @@ from fewstep.times import Stages
 from fewstep.training.config import DataConfig
 from fewstep.training.feed import Feed
 from fewstep.types import Progress
+from torch import Tensor, nn
 
 STAGES = range(8)
 RECIPE = ECT(penalty=Penalty("l2", "dt", c=0.0), schedule=Stages(q=2.0, last=7))
@@ -30,19 +30,25 @@ def parameters(student: Denoiser) -> list[nn.Parameter]:
     return [p for p in student.parameters() if p.requires_grad]
 
 
+def computing(kind: str) -> AbstractContextManager[None]:
+    """The arithmetic of forward and backward pass, outside :func:`passes`."""
+    name = kind.removesuffix("+edges")
+    return emulate(name) if name in ("tf32", "fp16", "bf16") else nullcontext()  # type: ignore[arg-type]
+
+
 @contextmanager
-def computing(kind: str, student: Denoiser) -> Iterator[None]:
-    """The arithmetic of forward and backward pass; "+edges": first and last layers and embeddings in fp32."""
+def passes(kind: str, student: Denoiser) -> Iterator[None]:
+    """The arithmetic of forward passes; "+edges" is what the trainer does, which keeps a network's edges in fp32."""
     name, _, edges = kind.partition("+")
-    with ExitStack() as stack:
-        if edges:
-            channels, dtype = student.sample_shape[0], DTYPES[name.removesuffix("-cpu")]
-            stack.enter_context(exact_edges(student.backbone, channels, dtype))
-        if name == "bf16-cpu":
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        elif name not in ("fp64", "fp32"):
-            stack.enter_context(emulate(name))  # type: ignore[arg-type]
+    name = name.removesuffix("-cpu")
+    if name not in HALF:
         yield
+    elif edges:
+        with rounding(name, torch.device("cpu"), student.sample_shape):  # type: ignore[arg-type]
+            yield
+    else:
+        with torch.autocast("cpu", HALF[name]):
+            yield
 
 
 @dataclass(frozen=True)
@@ -136,8 +142,9 @@ class Training:
             for start in range(seen, seen + self.batch, share):
                 rows = range(start, start + share)
                 random = StepRandom(streams, torch.arange(rows.start, rows.stop), torch.device("cpu"))
-                with computing(kind, self.student):
-                    out = self.objective.loss(self.student, feed.batch(rows), progress, random)
+                with computing(kind):
+                    with passes(kind, self.student):
+                        out = self.objective.loss(self.student, feed.batch(rows), progress, random)
                     part = out.per_sample.sum() / self.batch
                     (part * (self.scale.value if "fp16" in kind else 1)).backward()
                 loss += float(part.detach())

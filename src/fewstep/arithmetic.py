@@ -67,6 +67,12 @@ class Edges(TorchFunctionMode):
         super().__init__()
         self._channels, self._dtype = channels, dtype
 
+    @staticmethod
+    def active() -> Edges | None:
+        """The one that is open here, if any."""
+        stack = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        return next((mode for mode in reversed(stack) if isinstance(mode, Edges)), None)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

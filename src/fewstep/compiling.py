@@ -21,6 +21,7 @@ def compiled(
     *,
     graphs: bool = False,
     fullgraph: bool = False,
+    dynamic: bool = False,
     backend: str | Callable[..., Any] = "inductor",
 ) -> Callable[P, R]:
     """``function``, compiled at its first call for the shapes it is called with; nothing that it belongs to is changed.
@@ -34,6 +35,7 @@ def compiled(
         function: pure, or without effect before its end: after a failure of the compiler it starts again.
         graphs: replay it as CUDA graphs; its result then lives until the next call only.
         fullgraph: take a graph break as a failure of the compiler.
+        dynamic: compile once for all sizes and numbers, instead.
         backend: of ``torch.compile``; modes exist for "inductor" only.
     """
     function = _calling(function) if isinstance(function, torch.nn.Module) else function
@@ -41,7 +43,7 @@ def compiled(
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if not chosen:
-            chosen.append(_compile(function, graphs, fullgraph, backend))
+            chosen.append(_compile(function, graphs, fullgraph, dynamic, backend))
         if chosen[0] is function:
             return function(*args, **kwargs)
         try:
@@ -64,14 +66,14 @@ def _calling(network: Callable[P, R]) -> Callable[P, R]:
 
 
 def _compile(
-    function: Callable[P, R], graphs: bool, fullgraph: bool, backend: str | Callable[..., Any]
+    function: Callable[P, R], graphs: bool, fullgraph: bool, dynamic: bool, backend: str | Callable[..., Any]
 ) -> Callable[P, R]:
     """``torch.compile``, which refuses at once what it cannot do with this Python or on this system."""
     mode = "reduce-overhead" if graphs else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when it imports its compiler
-            return torch.compile(function, dynamic=False, mode=mode, fullgraph=fullgraph, backend=backend)
+            return torch.compile(function, dynamic=dynamic, mode=mode, fullgraph=fullgraph, backend=backend)
     except (RuntimeError, ImportError) as error:
         _note(error)
         return function

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fewstep.compiling import compiled
 from fewstep.errors import ConfigError
-from fewstep.philox import Key, Words, draw
+from fewstep.philox import Key, Words, draw, round_keys
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _box_muller(words: Words) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _key(seed: int, stream: str) -> Key:
+def _key(seed: int, stream: str) -> tuple[int, int]:
     digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -215,13 +216,51 @@ class DropoutTape(TorchFunctionMode):
                 got=tuple(shape),
                 want=f"a multiple of {rows}",
             )
-        count, least = math.prod(shape) // rows, _levels(p)
+        count = math.prod(shape) // rows
+        drawn = _KEPT if torch.compiler.is_compiling() else _kept
+        return drawn(self._index, *self._key, self._call, -(-count // 8), _levels(p))[:, :count].reshape(shape)
 
-        def kept(words: Words) -> Tensor:
-            halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-            return torch.stack([half >= least for half in halves], dim=-1)
 
-        return draw(kept, self._key, self._index, -(-count // 8), lane=self._call)[:, :count].reshape(shape)
+def _kept(index: Tensor, first: int, second: int, lane: int, blocks: int, least: int) -> Tensor:
+    """Mask ``[b, 8 blocks]`` of the words of key (first, second): which 16-bit halves are at least ``least``."""
+    if index.device.type != "cuda":
+        return _mask_of(index, lane, blocks, least, (first, second))
+    return _fused(index, lane, blocks, least, (first, second))
+
+
+def _mask_of(index: Tensor, lane: int | Tensor, blocks: int, least: int, key: Key) -> Tensor:
+    def kept(words: Words) -> Tensor:
+        halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        return torch.stack([half >= least for half in halves], dim=-1)
+
+    return draw(kept, key, index, blocks, lane)
+
+
+_compiled_mask = compiled(_mask_of, dynamic=True)
+
+
+def _fused(index: Tensor, lane: int, blocks: int, least: int, key: tuple[int, int]) -> Tensor:
+    """On a GPU, one kernel for all masks, where some 150 small ones for each would cost more than the network."""
+    number = torch.full((), lane, device=index.device)
+    return _compiled_mask(index, number, blocks, least, _keys_on(key, index.device))
+
+
+@lru_cache(maxsize=64)
+def _keys_on(key: tuple[int, int], device: torch.device) -> Tensor:
+    return round_keys(key, device)
+
+
+_KEPT = torch.library.custom_op(
+    "fewstep::kept",
+    _kept,
+    mutates_args=(),
+    schema="(Tensor index, int first, int second, int lane, int blocks, int least) -> Tensor",
+)
+"""The same as one opaque operation: inside a compiled loss the rounds of Philox would be most of what is compiled."""
+
+_KEPT.register_fake(
+    lambda index, first, second, lane, blocks, least: index.new_empty((index.shape[0], 8 * blocks), dtype=torch.bool)
+)
 
 
 class _Onward(DropoutTape):

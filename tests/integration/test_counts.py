@@ -25,7 +25,7 @@ from fewstep.training.simulated import DEVICE, HOST, SimulatedDevice, Wait
 from fewstep.training.trainer import Trainer
 from fewstep.world import World
 
-FITS = [({"precision": "fp16", "speed.recompute": True}, 6e9), ({"precision": "fp16"}, 16e9)]
+FITS = [({"precision": "fp16", "speed.recompute": True}, 6e9), ({"precision": "fp16"}, 12e9)]
 """Settings -> bytes that DDPM++ must fit in on CUDA at batch 128, all in."""
 
 SMALL_EDM = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.2}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from fewstep.arithmetic import rounding
+from fewstep.backbones.small import DiT, UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from fewstep.backbones.small import DiT, UNet
 
 FILE = Path(__file__).resolve().parents[2] / "bench" / "emulate.py"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,6 +28,12 @@ def emulation() -> ModuleType:
     sys.modules["bench_emulate"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def autocast(emulation: ModuleType, kind: str) -> Iterator[None]:
+    with emulation.emulate(kind), torch.autocast("cpu", DTYPES.get(kind, torch.bfloat16), enabled=kind in DTYPES):
+        yield
 
 
 def numbers(count: int = 200_000, seed: int = 0) -> Tensor:
@@ -92,7 +100,7 @@ def test_a_product_and_its_gradients(emulation: ModuleType, kind: str, layer: st
     out, to_x, to_w = product(kind, x, w)
     x.requires_grad_()
     w.requires_grad_()
-    with emulation.emulate(kind):
+    with autocast(emulation, kind):
         found = F.linear(x, w) if layer == "linear" else F.conv2d(x[..., None, None], w[..., None, None]).flatten(1)
         g = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
         found.backward(g.to(found.dtype))
@@ -107,7 +115,7 @@ def test_a_bias_is_rounded_once_more_after_a_convolution_only(emulation: ModuleT
     """1 + 2^-11 rounds to 1 before the bias 2^-11 comes (cuDNN); a matrix product adds it first (cuBLAS): 1 + 2^-10."""
     x, b = torch.tensor([[1 + 2.0**-10, -(2.0**-11)]]), torch.tensor([2.0**-11])
     w = torch.ones(1, 2)
-    with emulation.emulate("fp16"):
+    with autocast(emulation, "fp16"):
         assert F.linear(x, w, b).item() == 1 + 2.0**-10
         assert F.conv2d(x[..., None, None], w[..., None, None], b).item() == 1
 
@@ -115,18 +123,18 @@ def test_a_bias_is_rounded_once_more_after_a_convolution_only(emulation: ModuleT
 def test_fp16_overflows_and_underflows_backward(emulation: ModuleType) -> None:
     for scale, want in ((1e6, float("inf")), (1.0, 1.0), (1e-9, 0.0)):
         x = torch.ones(1, 1, requires_grad=True)
-        with emulation.emulate("fp16"):
+        with autocast(emulation, "fp16"):
             (F.linear(x, torch.ones(1, 1)).float().sum() * scale).backward()
         assert x.grad is not None and x.grad.item() == want
     x = torch.ones(1, 1, requires_grad=True)
-    with emulation.emulate("bf16"):
+    with autocast(emulation, "bf16"):
         (F.linear(x, torch.ones(1, 1)).float().sum() * 1e6).backward()
     assert x.grad is not None and x.grad.item() == torch.tensor(1e6).bfloat16().item()
 
 
 def test_autocasts_lists(emulation: ModuleType) -> None:
     half, full = torch.ones(2, 4, dtype=torch.float16), torch.ones(2, 4)
-    with emulation.emulate("fp16"):
+    with autocast(emulation, "fp16"):
         assert F.silu(half).dtype == (half + half).dtype == torch.cat((half, half)).dtype == torch.float16
         assert F.layer_norm(half, (4,)).dtype == half.softmax(1).dtype == half.exp().dtype == torch.float32
         assert (half**2).dtype == half.sum().dtype == F.group_norm(half, 2).dtype == torch.float32
@@ -155,7 +163,7 @@ def test_attention_rounds_its_probabilities_and_their_scores_gradient(emulation:
     ds = factor(p * (dp - (p * dp).sum(-1, keepdim=True)) / 2)
     want = (result(ds @ factor(k)), result(ds.mT @ factor(q)), result(factor(p).mT @ upstream))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    with emulation.emulate(kind):
+    with autocast(emulation, kind):
         out = F.scaled_dot_product_attention(*leaves)
         out.backward(g.to(out.dtype))
     assert torch.allclose(out.float(), result(factor(p) @ factor(v)), rtol=1e-6, atol=1e-6)
@@ -182,7 +190,7 @@ def test_emulated_bf16_is_as_far_from_float64_as_real_bf16(emulation: ModuleType
     net.float()
 
     def error(kind: str) -> float:
-        context = torch.autocast("cpu", torch.bfloat16) if kind == "real" else emulation.emulate(kind)
+        context = torch.autocast("cpu", torch.bfloat16) if kind == "real" else autocast(emulation, kind)
         with context:
             return float((gradient(net, x, c) - want).norm() / want.norm())
 
@@ -192,8 +200,18 @@ def test_emulated_bf16_is_as_far_from_float64_as_real_bf16(emulation: ModuleType
     assert bf16 / 16 < tf32 < bf16 / 4
 
 
-@pytest.mark.parametrize("real", [False, True])
-def test_exact_edges_run_in_fp32_and_the_rest_does_not(emulation: ModuleType, real: bool) -> None:
+def test_only_where_autocast_is_on(emulation: ModuleType) -> None:
+    full = torch.ones(2, 2)
+    with emulation.emulate("fp16"):
+        assert (full @ full).dtype == torch.float32
+        with torch.autocast("cpu", torch.float16):
+            assert (full @ full).dtype == torch.float16
+            with torch.autocast("cpu", enabled=False):
+                assert F.layer_norm(full.half(), (2,)).dtype == torch.float16
+        assert torch.is_autocast_enabled("cpu") is False
+
+
+def test_the_librarys_edges_stay_in_fp32(emulation: ModuleType) -> None:
     torch.manual_seed(5)
     net = UNet((1, 8, 8), 16, (1, 2), 1, (4,))
     for p in net.parameters():
@@ -202,13 +220,9 @@ def test_exact_edges_run_in_fp32_and_the_rest_does_not(emulation: ModuleType, re
     returned: dict[str, torch.dtype] = {}
     for name, layer in net.named_modules():
         layer.register_forward_hook(lambda _, inputs, out, name=name: returned.update({name: out.dtype}))
-    context = torch.autocast("cpu", torch.bfloat16) if real else emulation.emulate("bf16")
-    with emulation.exact_edges(net, 1, torch.bfloat16), context:
-        stem = net.stem(x)
-        out = net(x, c)
-        out.square().sum().backward()
-    assert out.dtype == returned["head"] == returned["embed.first"] == returned["embed.second"] == torch.float32
-    assert returned["up.0.block.modulation"] == torch.float32
-    assert {returned[n] for n in ("stem", "down.0.block.conv1", "middle.attention.qkv")} == {torch.bfloat16}
-    assert torch.equal(stem, net.stem(x).bfloat16())  # after its fp32 result, and afterwards an ordinary layer again
-    assert "forward" not in vars(net.stem)
+    with emulation.emulate("fp16"):
+        with rounding("fp16", torch.device("cpu"), (1, 8, 8)):
+            out = net(x, c)
+        out.square().mean().backward()
+    assert out.dtype == returned["head"] == returned["up.0.block.modulation"] == torch.float32
+    assert {returned[n] for n in ("stem", "down.0.block.conv1", "middle.attention.qkv")} == {torch.float16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep import philox as module
+from fewstep import randomness
+from fewstep.compiling import compiled
 from fewstep.philox import draw, philox
 from fewstep.randomness import DropoutTape, Streams
 
@@ -121,8 +123,8 @@ def fresh_compiler() -> Iterator[None]:
 def test_compiled_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     want = draw(words_of, (1, 2), INDICES, 12)
     monkeypatch.setattr(module, "CHUNK", 8)  # no pieces in a graph
-    compiled = torch.compile(lambda index: draw(words_of, (1, 2), index, 12), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(INDICES), want)
+    graph = torch.compile(lambda index: draw(words_of, (1, 2), index, 12), fullgraph=True, backend="eager")
+    assert torch.equal(graph(INDICES), want)
 
 
 @pytest.mark.slow
@@ -131,9 +133,38 @@ def test_compiled_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_c_plus_plus_makes_the_same_bits() -> None:
     """A compiler that takes signed products for positive gets the row 2^32 - 1 wrong."""
     want = draw(words_of, (1, 2), INDICES, 5)
-    compiled = torch.compile(lambda index: draw(words_of, (1, 2), index, 5), fullgraph=True)
+    graph = torch.compile(lambda index: draw(words_of, (1, 2), index, 5), fullgraph=True)
     try:
-        got = compiled(INDICES)
+        got = graph(INDICES)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         pytest.skip(f"no C++ compiler here: {error}")
     assert torch.equal(got, want)
+
+
+# ------------------------------------------------------------------------------------------- one kernel for all masks
+def masks(drawn: Callable[..., Tensor]) -> list[Tensor]:
+    """Of several layers, sizes and probabilities, under two keys."""
+    wanted = [(1, 16, 3000, (123, 456)), (2, 100, 5000, (123, 456)), (7, 64, 3000, (2**32 - 1, 0))]
+    return [drawn(INDICES, lane, blocks, least, key) for lane, blocks, least, key in wanted]
+
+
+def test_the_operation_in_a_compiled_loss_draws_the_same_mask() -> None:
+    opaque = masks(lambda index, lane, blocks, least, key: randomness._KEPT(index, *key, lane, blocks, least))
+    plain = masks(randomness._mask_of)
+    assert all(torch.equal(a, b) for a, b in zip(opaque, plain, strict=True))
+    assert [0.9 < float(mask.float().mean()) < 0.98 for mask in plain] == [True] * 3
+    for mask in plain:
+        torch.library.opcheck(randomness._KEPT, (INDICES, 1, 2, 3, mask.shape[1] // 8, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_gpu_draws_all_masks_with_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on a GPU, compiled for this processor: one graph for all layers, sizes, probabilities and seeds."""
+    plain = masks(randomness._mask_of)
+    monkeypatch.setattr(randomness, "_compiled_mask", compiled(randomness._mask_of, dynamic=True))
+    torch._dynamo.utils.counters.clear()
+    fused = masks(randomness._fused)
+    assert all(torch.equal(a, b) for a, b in zip(fused, plain, strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -6,14 +6,15 @@ nets with sublinear memory cost" (arXiv 1604.06174).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.arithmetic import Edges
 from fewstep.backbones.hf import DiffusersNetwork
 from fewstep.randomness import DropoutTape
 
@@ -57,15 +58,22 @@ def _set_foreign(wrapper: DiffusersNetwork, on: bool) -> int:
     return sum(hasattr(part, "gradient_checkpointing") for part in network.modules())
 
 
+@contextmanager
+def _both(edges: Edges, then: AbstractContextManager[object]) -> Iterator[None]:
+    with edges, then:
+        yield
+
+
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """``function(*inputs)``, of which only the inputs are kept for the backward pass, which runs it again.
 
     Dropout draws the same masks again: those of the open :class:`fewstep.randomness.DropoutTape`, or else, by its
     generator's state, torch's own.
     """
-    tape = DropoutTape.active()
+    tape, edges = DropoutTape.active(), Edges.active()
 
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return (nullcontext(), nullcontext()) if tape is None else tape.contexts()
+        now, then = (nullcontext(), nullcontext()) if tape is None else tape.contexts()
+        return now, then if edges is None else _both(edges, then)
 
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=tape is None, context_fn=contexts)

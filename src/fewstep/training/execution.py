@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from fewstep.arithmetic import Arithmetic
-from fewstep.backbones import layout as _layout
+from fewstep.backbones.memory_format import preferred_layout, set_layout
 from fewstep.compiling import compiled
 from fewstep.denoiser import Denoiser
 from fewstep.errors import ConfigError
 from fewstep.objectives import Objective
 from fewstep.objectives.base import AS_IT_IS, Execution
 from fewstep.training.config import RunConfig, SpeedConfig
-
-preferred_layout = getattr(_layout, "preferred_layout", lambda *a: "contiguous")  # TEMPORARY until B is ready
 
 WORTH_COMPILING = 100_000
 """Images of a run from which on some minutes of compilation pay on a GPU."""
@@ -70,14 +68,20 @@ def execution(config: RunConfig, objective: Objective, device: torch.device) -> 
         )
     if speed.graphs and device.type != "cuda":
         raise ConfigError("CUDA graphs need a CUDA device", got=f"speed.graphs=true on {device.type}")
-    worth = device.type == "cuda" and config.images >= WORTH_COMPILING
+    if speed.recompute and speed.compile == "on":
+        raise ConfigError(
+            "Computing blocks again in the backward pass is for runs that are not compiled",
+            got="speed.recompute=true speed.compile=on",
+            do="Choose one of the two; to save memory in a compiled run: micro_batch",
+        )
+    worth = device.type == "cuda" and config.images >= WORTH_COMPILING and not speed.recompute
     wanted = speed.compile == "on" or (speed.compile == "auto" and worth)
     if speed.graphs and not (wanted and objective.compiles):
         raise ConfigError("CUDA graphs are made of compiled graphs", got="speed.graphs=true", do="Set speed.compile=on")
     return Compiled(speed.graphs) if wanted and objective.compiles else AS_IT_IS
 
 
-def set_layout(networks: Iterable[Denoiser], speed: SpeedConfig, kind: Arithmetic, shared: bool) -> None:
+def lay_out(networks: Iterable[Denoiser], speed: SpeedConfig, kind: Arithmetic, shared: bool) -> None:
     """Lay the convolutions' weights out as ``speed.layout`` says; their outputs follow.
 
     Args:
@@ -85,17 +89,16 @@ def set_layout(networks: Iterable[Denoiser], speed: SpeedConfig, kind: Arithmeti
         shared: whether the networks share memory with others, which must then stay as it is.
 
     Raises:
-        ConfigError: shared memory is to be laid out anew.
+        ConfigError: shared memory is to be laid out anew, or the layout is one that crashes here.
     """
+    if shared and speed.layout == "channels_last":
+        raise ConfigError(
+            "Weights that the run shares with its teacher stay as they lie in memory",
+            got="speed.layout=channels_last with an adapter or frozen parts",
+            do="Set speed.layout=contiguous",
+        )
+    if shared:
+        return
     for network in networks:
-        layout: str = speed.layout
-        if layout == "auto":
-            layout = "contiguous" if shared else preferred_layout(network.backbone, kind, network.device)
-        if layout == "channels_last" and shared:
-            raise ConfigError(
-                "Weights that the run shares with its teacher stay as they lie in memory",
-                got="speed.layout=channels_last with an adapter or frozen parts",
-                do="Set speed.layout=contiguous",
-            )
-        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-        network.backbone.to(memory_format=formats[layout])  # type: ignore[call-overload]
+        wanted = preferred_layout(network.backbone, kind, network.device) if speed.layout == "auto" else speed.layout
+        set_layout(network.backbone, wanted)

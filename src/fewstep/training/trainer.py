@@ -28,7 +28,7 @@ from fewstep.process import EDM
 from fewstep.randomness import Streams
 from fewstep.training.arithmetic import Scaling, arithmetic
 from fewstep.training.config import RunConfig
-from fewstep.training.execution import execution, set_layout
+from fewstep.training.execution import execution, lay_out
 from fewstep.training.feed import Feed
 from fewstep.training.frozen import base_path, frozen_names, resting_parts, sharing_copy
 from fewstep.training.network import (
@@ -93,7 +93,7 @@ class Trainer:
         set_recomputation(self.student, config.speed)
         self.objective = config.objective.prepare(self.student)
         last = self.arithmetic(Progress(config.images - 1, config.images))
-        set_layout([self.student, *([teacher] if teacher else [])], config.speed, last, shared=bool(self.frozen))
+        lay_out([self.student, *([teacher] if teacher else [])], config.speed, last, shared=bool(self.frozen))
         after_step(self.student)
         self.averages = [_frozen_copy(self.student, self.frozen) for _ in config.emas]
         self.beside = self._company(teacher, features)
@@ -158,6 +158,7 @@ class Trainer:
     def steps(self) -> Iterator[StepReport]:
         """Train until ``config.images`` have been seen, one optimiser step per item."""
         feed = Feed(self.source, self.student, self.config.data, self.config.seed, self.config.speed.resident)
+        self._train_mode()
         try:
             while self.images_seen < self.config.images:
                 kind = self.arithmetic(self.progress)
@@ -171,7 +172,8 @@ class Trainer:
         config, progress = self.config, self.progress
         lr = learning_rate(config.optim, progress)
         set_learning_rate(self.optimizer, config.optim, lr, self.images_seen // config.batch_size + 1)
-        self._train_mode()
+        if not self.student.training:  # somebody drew samples of it in between
+            self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(feed, progress, kind)
         if self.world.size > 1:
@@ -219,8 +221,7 @@ class Trainer:
     def _train_mode(self) -> None:
         """Training mode (dropout on) for the student and its companions: they share their dropout masks."""
         for network in (self.student, *self.beside.companions.values()):
-            if not network.training:
-                train_mode(network, self.resting)
+            train_mode(network, self.resting)
 
     def _backward(self, feed: Feed, progress: Progress, kind: Arithmetic) -> Tensor:
         """Accumulate gradients over this process's share of the global batch; mean loss of the share."""
