@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from precision_step import MODES, RECIPE, STAGES, Training, computing, parameters, passes
+from torch import Tensor, nn
+
 from fewstep import EDM, Denoiser, load, open_source
 from fewstep.checkpoint.store import read_tensors, write_tensors
 from fewstep.data import Source
@@ -38,10 +41,8 @@ from fewstep.runs import demo_teacher
 from fewstep.training.config import DataConfig
 from fewstep.training.feed import Feed
 from fewstep.weights import load_weights
-from precision_step import MODES, RECIPE, STAGES, Training, computing, parameters, passes
-from torch import Tensor, nn
 
-KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "bf16", "bf16+edges", "bf16-cpu", "bf16-cpu+edges")
+KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "fp16+edges+norms", "bf16", "bf16+edges", "bf16-cpu", "bf16-cpu+edges")
 DROPOUT = 0.2
 FRESH = 50_000_000
 """Position in the data order from where gradients are measured: far behind those trained on."""

@@ -15,12 +15,16 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-from fewstep.training.arithmetic import BF16_UP_TO, FP16_UP_TO
 from matplotlib import pyplot as plt
+
+from fewstep.training.arithmetic import BF16_UP_TO, FP16_UP_TO
 
 Row = dict[str, Any]
 KINDS = {"bf16": "C3", "bf16+edges": "C1", "fp16": "C0", "fp16+edges": "C9", "tf32": "C2", "fp32": "C7"}
-ORDER = ("fp32", "tf32", "fp16", "fp16+edges", "bf16", "bf16+edges", "bf16-cpu")
+ORDER = (
+    "fp32", "tf32", "fp16", "fp16+edges", "fp16+edges+norms", "bf16", "bf16+edges", "bf16+edges+norms", "bf16-cpu",
+    "bf16-cpu+edges",
+)  # fmt: skip
 STYLES = ("-", "--", ":", "-.")
 CRITERION = 0.15
 """Largest error of the gradient, in units of its spread from batch to batch: 2 % more variance."""
@@ -86,12 +90,12 @@ def digits(cosine: float) -> str:
 
 def print_curves(rows: list[Row]) -> None:
     """Loss per 100 steps of the fp32 run, the others as difference from it, in percent."""
-    for net in dict.fromkeys(r["net"] for r in rows if r["part"] == "curve"):
-        found = {r["mode"]: r for r in rows if r["part"] == "curve" and r["net"] == net}
+    for net, lr in dict.fromkeys((r["net"], r["lr"]) for r in rows if r["part"] == "curve"):
+        found = {r["mode"]: r for r in rows if r["part"] == "curve" and (r["net"], r["lr"]) == (net, lr)}
         base = found["fp32"]
         columns = [f"{100 * (k + 1)}" for k in range(len(base["losses"]))]
         finals = [f"final at {q}" for q in base["final"]]
-        print(f"\n{net}, batch {base['batch']}, mean loss of the 100 steps that end at\n")
+        print(f"\n{net}, batch {base['batch']}, learning rate {lr:g}, mean loss of the 100 steps that end at\n")
         print(
             "| mode | " + " | ".join(columns + finals) + " | skipped |\n" + "|---" * (2 + len(columns + finals)) + "|"
         )
@@ -155,9 +159,8 @@ def draw_theory(axes: Any, rows: list[Row]) -> None:
 
 def draw_curves(axes: Any, rows: list[Row]) -> None:
     """Loss relative to the fp32 run."""
-    found = {r["mode"]: r for r in rows if r["part"] == "curve"}
-    if "fp32" not in found:
-        return
+    curves = [r for r in rows if r["part"] == "curve"]
+    found = {r["mode"]: r for r in curves if r["lr"] == min(r["lr"] for r in curves)}
     base = found.pop("fp32")
     axes.axhspan(-1, 1, color="0.92")
     for mode, r in found.items():

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from emulate import emulate
-from fewstep import Denoiser
-from fewstep.arithmetic import HALF, rounding
+from torch import Tensor, nn
+
+from fewstep import Denoiser, arithmetic
+from fewstep.arithmetic import HALF
 from fewstep.data import Source
 from fewstep.objectives import ECT, StepRandom
 from fewstep.penalty import Penalty
@@ -20,8 +23,8 @@ from fewstep.times import Stages
 from fewstep.training.config import DataConfig
 from fewstep.training.feed import Feed
 from fewstep.types import Progress
-from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 STAGES = range(8)
 RECIPE = ECT(penalty=Penalty("l2", "dt", c=0.0), schedule=Stages(q=2.0, last=7))
 
@@ -32,19 +35,21 @@ def parameters(student: Denoiser) -> list[nn.Parameter]:
 
 def computing(kind: str) -> AbstractContextManager[None]:
     """The arithmetic of forward and backward pass, outside :func:`passes`."""
-    name = kind.removesuffix("+edges")
+    name = kind.split("+")[0]
     return emulate(name) if name in ("tf32", "fp16", "bf16") else nullcontext()  # type: ignore[arg-type]
 
 
 @contextmanager
 def passes(kind: str, student: Denoiser) -> Iterator[None]:
-    """The arithmetic of forward passes; "+edges" is what the trainer does, which keeps a network's edges in fp32."""
-    name, _, edges = kind.partition("+")
+    """The arithmetic of forward passes: plain autocast, or "+edges", what the trainer does: a network's edges in fp32,
+    its norms in 16 bits; "+edges+norms" keeps the norms' results in fp32, too."""
+    name, *kept = kind.split("+")
     name = name.removesuffix("-cpu")
     if name not in HALF:
         yield
-    elif edges:
-        with rounding(name, torch.device("cpu"), student.sample_shape):  # type: ignore[arg-type]
+    elif kept:
+        norms = () if "norms" in kept else arithmetic._NORMS
+        with patch.object(arithmetic, "_NORMS", norms), arithmetic.rounding(name, CPU, student.sample_shape):
             yield
     else:
         with torch.autocast("cpu", HALF[name]):
@@ -141,7 +146,7 @@ class Training:
             share, loss = self.batch // self.mode.parts, 0.0
             for start in range(seen, seen + self.batch, share):
                 rows = range(start, start + share)
-                random = StepRandom(streams, torch.arange(rows.start, rows.stop), torch.device("cpu"))
+                random = StepRandom(streams, torch.arange(rows.start, rows.stop), CPU)
                 with computing(kind):
                     with passes(kind, self.student):
                         out = self.objective.loss(self.student, feed.batch(rows), progress, random)

@@ -11,10 +11,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from fewstep.arithmetic import rounding
-from fewstep.backbones.small import DiT, UNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fewstep.arithmetic import rounding
+from fewstep.backbones.small import DiT, UNet
 
 FILE = Path(__file__).resolve().parents[2] / "bench" / "emulate.py"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

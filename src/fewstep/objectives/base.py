@@ -51,6 +51,7 @@ class Beside:
         extra: the objective's own parameters (a learned weight, a coupling network).
         features: the feature net of a distance in feature space.
         execute: runs the part of the loss that can be compiled.
+        memory: what an objective keeps from step to step; without it everything is computed again, to the same bits.
     """
 
     teacher: Denoiser | None = None
@@ -58,6 +59,7 @@ class Beside:
     extra: nn.Module | None = None
     features: Features | None = None
     execute: Execution = AS_IT_IS
+    memory: dict[str, tuple[object, Tensor]] = field(default_factory=dict)
 
 
 ALONE = Beside()
@@ -71,10 +73,13 @@ class StepRandom:
         streams: the run's streams.
         index: global training-image index per row, int64 ``[b]``, on the host.
         device: where noise and masks are needed.
+        window: indices of all rows of the steps around this one that share what is computed ahead
+            (:meth:`Objective.horizon`), int64, on the host; the same for each of these steps. None is ``index``.
     """
 
-    def __init__(self, streams: Streams, index: Tensor, device: torch.device) -> None:
+    def __init__(self, streams: Streams, index: Tensor, device: torch.device, window: Tensor | None = None) -> None:
         self._streams, self._index = streams, index
+        self._window = index if window is None else window
         self._on_device = index.to(device, non_blocking=True)
 
     def uniform(self, stream: str) -> Tensor:
@@ -89,12 +94,23 @@ class StepRandom:
         """A fresh dropout tape for these rows."""
         return DropoutTape(self._streams, self._on_device)
 
-    def groups(self, size: int) -> Groups:
-        """These rows in groups of ``size`` consecutive images of the run: how they group depends on no batch."""
+    def groups(self, size: int, ahead: bool = False) -> Groups:
+        """These rows in groups of ``size`` consecutive images of the run: how they group depends on no batch.
+
+        With ``ahead`` all groups of the window are there, whose ``first`` rows are not known.
+        """
         index = self._index.numpy()
         present, first, member = np.unique(index // size, return_index=True, return_inverse=True)
+        if ahead:
+            present = np.unique(self._window.numpy() // size)
+            first, member = np.zeros(0, np.int64), np.searchsorted(present, index // size)
         heads = StepRandom(self._streams, torch.from_numpy(present * size), self._on_device.device)
         return Groups(heads, *(torch.from_numpy(v) for v in (first, member, index % size)))
+
+    @property
+    def index(self) -> Tensor:
+        """Global training-image index per row, int64 ``[b]``, on the host."""
+        return self._index
 
 
 @dataclass(frozen=True)
@@ -129,6 +145,14 @@ class Objective:
     ) -> LossOutput:
         """Loss per sample ``[b]``; gradients flow through the student's own pass (and ``beside.extra``) only."""
         raise NotImplementedError
+
+    def horizon(self, student: Denoiser) -> int:
+        """Of how many images (some steps) it wants to compute something at once; 0 for none.
+
+        The window that :class:`StepRandom` then knows begins at a multiple of its own length, so that a resumed run
+        computes the same.
+        """
+        return 0
 
     def tightness(self, progress: Progress) -> float | None:
         """q^a: how many gaps t - r there are between t and 0; 1 where the target is given, None where it is not known.

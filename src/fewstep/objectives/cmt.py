@@ -11,8 +11,19 @@ from torch import Tensor
 
 from fewstep.denoiser import Denoiser, Sampler
 from fewstep.errors import ConfigError
+from fewstep.inference import default_batch_size
 from fewstep.jumps import euler_step, heun_step, inv_ddim
-from fewstep.objectives.base import ALONE, AS_IT_IS, Beside, Execution, LossOutput, Objective, StepRandom, to_device
+from fewstep.objectives.base import (
+    ALONE,
+    AS_IT_IS,
+    Beside,
+    Execution,
+    Groups,
+    LossOutput,
+    Objective,
+    StepRandom,
+    to_device,
+)
 from fewstep.objectives.bridges import require_teacher
 from fewstep.objectives.feature_distance import FeatureDistance
 from fewstep.objectives.pairs import network_pass
@@ -21,6 +32,9 @@ from fewstep.randomness import DropoutTape
 from fewstep.sampling import karras_grid
 from fewstep.segments import Axis, axis_of
 from fewstep.types import Batch, Condition, PerSample, Progress, Samples, Times
+
+MOST = (64, 256)
+"""Trajectories at a time on a CPU and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +135,31 @@ class CMT(Objective):
         self, student: Denoiser, batch: Batch, progress: Progress, random: StepRandom, beside: Beside = ALONE
     ) -> LossOutput:
         """Loss per sample ``[b]``; ``student`` under the EDM clock, in training mode."""
-        groups = random.groups(self.nodes)
-        z = groups.random.normal("noise", batch.x)
-        first, member = (v.to(z.device, non_blocking=True) for v in (groups.first, groups.member))
+        end = self.landing_nodes(random.index % self.nodes, random.uniform("segments"))
+        ahead = batch.cond is None  # the labels of later batches are not known
+        groups = random.groups(self.nodes, ahead)
+        first, member = (v.to(batch.x.device, non_blocking=True) for v in (groups.first, groups.member))
         cond = None if batch.cond is None else batch.cond[first]
-        end = self.landing_nodes(groups.place, random.uniform("segments"))
-        return LossOutput(self.loss_at(student, z, member, groups.place, cond, random.tape(), beside, end))
+        if not ahead or not self._remembered(groups, beside):
+            z = groups.random.normal("noise", batch.x)
+            teacher, levels = require_teacher(beside.teacher), self.levels(student)
+            states = self.trajectories(teacher, z, levels, cond, beside.execute)
+            beside.memory["trajectories"] = (groups.random.index.tolist(), states)
+        states = beside.memory["trajectories"][1]
+        labels = None if cond is None else cond[member]
+        loss = self.loss_on(student, states, member, groups.place, labels, random.tape(), beside, end)
+        return LossOutput(loss)
+
+    @staticmethod
+    def _remembered(groups: Groups, beside: Beside) -> bool:
+        """Whether the trajectories of the window are those that were computed last."""
+        known = beside.memory.get("trajectories")
+        return known is not None and known[0] == groups.random.index.tolist()
+
+    def horizon(self, student: Denoiser) -> int:
+        """Networks are fast on many rows, and a batch has few trajectories: those of some steps go together."""
+        size = default_batch_size(student.sample_shape, student.device)
+        return self.nodes * min(size, MOST[student.device.type == "cuda"])
 
     def landing_nodes(self, place: Tensor, u: Tensor) -> Tensor:
         """The node where each row lands, int64 ``[b]``: its segment's lower edge, for a count that ``u [b]`` draws."""
@@ -153,13 +186,26 @@ class CMT(Objective):
             place: its node, 0 the noisiest, int64 ``[b]``, on the host.
             landing: the node where it lands, int64 ``[b]``, on the host; default: the end.
         """
-        landing = torch.full_like(place, self.nodes) if landing is None else landing
-        grid = self.levels(student)
-        states = self.trajectories(require_teacher(beside.teacher), z, grid, cond, beside.execute)
-        levels = torch.tensor(grid, dtype=torch.float64)
-        t, s = (to_device(levels[node], z) for node in (place, landing))
-        here, there = (states[node.to(z.device, non_blocking=True), member] for node in (place, landing))
+        states = self.trajectories(require_teacher(beside.teacher), z, self.levels(student), cond, beside.execute)
         labels = None if cond is None else cond[member]
+        return self.loss_on(student, states, member, place, labels, tape, beside, landing)
+
+    def loss_on(
+        self,
+        student: Denoiser,
+        states: Samples,
+        member: Tensor,
+        place: Tensor,
+        labels: Condition | None = None,
+        tape: DropoutTape | None = None,
+        beside: Beside = ALONE,
+        landing: Tensor | None = None,
+    ) -> PerSample:
+        """The loss on nodes of trajectories that are known: ``states [nodes + 1, g, ...]``, labels per row."""
+        landing = torch.full_like(place, self.nodes) if landing is None else landing
+        levels = torch.tensor(self.levels(student), dtype=torch.float64)
+        t, s = (to_device(levels[node], states) for node in (place, landing))
+        here, there = (states[node.to(states.device, non_blocking=True), member] for node in (place, landing))
         return beside.execute(self.loss_between, student, here, there, t, s, labels, tape, beside)
 
     def loss_between(

@@ -114,6 +114,9 @@ class Sequence(Objective):
         objective: Objective = getattr(self, name)
         return objective.loss(student, batch, inside, random, replace(beside, companions=own))
 
+    def horizon(self, student: Denoiser) -> int:
+        return max(self.first.horizon(student), self.then.horizon(student))
+
     def tightness(self, progress: Progress) -> float | None:
         name, inside = self.part(progress)
         return getattr(self, name).tightness(inside)

@@ -105,6 +105,7 @@ class Trainer:
         """Since the last log row: loss, gradient norm, how many were not finite, and how many steps fp16 skipped."""
         self.summed_steps = 0
         self._after_step = after_steps(self.student)
+        self._horizon = self.objective.horizon(self.student)
         self._streams = Streams(config.seed)
         self._module = _LossModule(self.student, self.objective, self.beside)
         self._wrapped: nn.Module = self._module
@@ -230,10 +231,10 @@ class Trainer:
         size = config.micro_batch or len(share)
         parts = [range(start + a, start + min(a + size, share.stop)) for a in range(share.start, share.stop, size)]
         following = [*parts[1:], range(parts[0].start + config.batch_size, parts[0].stop + config.batch_size)]
-        total = torch.zeros((), device=self.world.device)
+        total, window = torch.zeros((), device=self.world.device), self._window(share)
         for part, ahead in zip(parts, following, strict=True):
             batch = feed.batch(part, ahead)
-            random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device)
+            random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device, window)
             last = part is parts[-1]
             with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():  # type: ignore[operator]
                 with rounding(kind, self.world.device, self.student.sample_shape):
@@ -241,6 +242,16 @@ class Trainer:
                 self.scaling.backward(loss, kind)
             total += loss.detach()
         return total
+
+    def _window(self, share: range) -> Tensor | None:
+        """This process's images in the steps for which the objective computes something at once."""
+        size = self.config.batch_size
+        steps = self._horizon // len(share)
+        if steps < 2:
+            return None
+        start = self.images_seen // (steps * size) * steps * size
+        end = min(start + steps * size, self.config.steps * size)
+        return torch.cat([torch.arange(n + share.start, n + share.stop) for n in range(start, end, size)])
 
     def read_sums(self) -> dict[str, float]:
         """Mean loss and gradient norm since the last call; the only place where the device is read.
