@@ -59,8 +59,8 @@ class Edges(TorchFunctionMode):
     Most of the rounding error comes from the edges: the convolutions that read or write samples of ``channels``
     channels, and the linear layers that see one row per sample (embeddings, and what they modulate). They are less than
     1 % of a network's operations, and half of fp16's error at q^a = 256 (docs/performance.md). Between them autocast
-    would, on a GPU, run normalisations in float32 and keep their inputs and outputs for the backward pass; here they
-    read and write 16 bits, and torch's kernels compute in float32 inside.
+    would, on a GPU, run normalisations and doublings of the resolution in float32 and keep their inputs and outputs for
+    the backward pass; here they read and write 16 bits, and torch's kernels compute in float32 inside.
     """
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
@@ -77,15 +77,17 @@ class Edges(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _NORMS and args[0].ndim > 2:
+        normed = func in _NORMS and args[0].ndim > 2
+        if normed or (func is F.interpolate and args[0].dtype == self._dtype):
             return _rounded(func, args, kwargs, self._dtype)
         if func is F.linear and args[0].ndim == 2:
             return _exactly(func, args, kwargs)
         if func is F.conv2d:
             inputs, weight = args[0].shape[1], args[1]
-            if inputs == weight.shape[1] == self._channels:
+            whole = inputs == weight.shape[1]  # not depthwise
+            if whole and inputs in (self._channels, self._channels + 1):  # EDM2 adds a channel of ones
                 return _exactly(func, args, kwargs).to(self._dtype)
-            if inputs == weight.shape[1] and weight.shape[0] == self._channels:
+            if whole and weight.shape[0] == self._channels:
                 return _exactly(func, args, kwargs)
         return func(*args, **kwargs)
 

@@ -39,7 +39,7 @@ def mp_silu(x: Tensor) -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """``((1 - t) a + t b) / sqrt((1 - t)^2 + t^2)`` (EDM2, equation 88)."""
-    return torch.lerp(a, b, t) / math.hypot(1 - t, t)
+    return torch.lerp(a, b.to(a.dtype), t) / math.hypot(1 - t, t)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

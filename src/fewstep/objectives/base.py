@@ -33,6 +33,9 @@ class Execution:
         """``function(*arguments)``."""
         return function(*arguments)
 
+    def begin(self) -> None:
+        """A pass begins: results of the last one are no longer needed."""
+
     def rows(self, count: int, batch: int) -> int:
         """How many rows the target pass takes where ``count`` of ``batch`` need it; more than that keep shapes few."""
         return count

@@ -48,6 +48,10 @@ class Compiled(Execution):
             self._made[key] = owner, compiled(function, graphs=self._graphs, fullgraph=True)
         return self._made[key][1](*arguments)
 
+    def begin(self) -> None:
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
     def rows(self, count: int, batch: int) -> int:
         quarter = -(-batch // 4)
         return min(batch, -(-count // quarter) * quarter)

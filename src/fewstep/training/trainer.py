@@ -234,6 +234,7 @@ class Trainer:
         total, window = torch.zeros((), device=self.world.device), self._window(share)
         for part, ahead in zip(parts, following, strict=True):
             batch = feed.batch(part, ahead)
+            self.beside.execute.begin()
             random = StepRandom(self._streams, torch.arange(part.start, part.stop), self.world.device, window)
             last = part is parts[-1]
             with nullcontext() if last or self.world.size == 1 else self._wrapped.no_sync():  # type: ignore[operator]
