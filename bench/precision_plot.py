@@ -100,12 +100,16 @@ def print_curves(rows: list[Row]) -> None:
             "| mode | " + " | ".join(columns + finals) + " | skipped |\n" + "|---" * (2 + len(columns + finals)) + "|"
         )
         for mode, r in found.items():
-            if mode == "fp32":
-                cells = [f"{v:.3f}" for v in (*r["losses"], *r["final"].values())]
-            else:
-                pairs = [*zip(r["losses"], base["losses"], strict=True)]
-                pairs += [(r["final"][q], base["final"][q]) for q in base["final"]]
-                cells = [f"{100 * (a / b - 1):+.2f} %" for a, b in pairs]
+            reached = dict(zip(columns, r["losses"], strict=False)) | {
+                f"final at {q}": v for q, v in r["final"].items()
+            }
+            first = dict(zip(columns, base["losses"], strict=True)) | {
+                f"final at {q}": v for q, v in base["final"].items()
+            }
+            cells = [
+                "-" if c not in reached else f"{v:.3f}" if mode == "fp32" else f"{100 * (reached[c] / v - 1):+.2f} %"
+                for c, v in first.items()
+            ]
             print(f"| {mode} | " + " | ".join(cells) + f" | {r['skipped']} |")
 
 
@@ -124,9 +128,9 @@ def draw_errors(axes: Any, rows: list[Row]) -> None:
             chosen = [r for r in gradients(rows, net) if (r["kind"], r["q"], r["c"]) == (kind, 2, 0)]
             line = sorted((r["ratio"], r["error_to_spread"]) for r in chosen)
             if line:
-                axes.plot(
-                    *zip(*line, strict=True), style, color=color, marker="o", markersize=3, label=f"{kind}, {net}"
-                )
+                x, y = zip(*line, strict=True)
+                label = kind if style == STYLES[0] else None
+                axes.plot(x, y, style, color=color, marker="o", markersize=3, label=label)
     for limit, text in ((BF16_UP_TO, "auto: bf16 up to here"), (FP16_UP_TO, "auto: fp16 up to here")):
         axes.axvline(limit, color="0.6", linewidth=1)
         axes.annotate(text, (limit, 2e-5), rotation=90, fontsize=8, color="0.35", ha="right", va="bottom")
@@ -140,7 +144,7 @@ def draw_errors(axes: Any, rows: list[Row]) -> None:
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks([2**k for k in range(1, 9)], [str(2**k) for k in range(1, 9)])
-    names = ", ".join(f"{net} {style}" for net, style in zip(nets(rows), STYLES, strict=False))
+    names = ", ".join(f"{net} {style}" for net, style in zip(nets(rows)[:2], STYLES, strict=False))
     axes.legend(fontsize=7, ncols=3, loc="center", bbox_to_anchor=(0.5, 0.46), title=names, title_fontsize=8)
 
 
@@ -158,18 +162,19 @@ def draw_theory(axes: Any, rows: list[Row]) -> None:
 
 
 def draw_curves(axes: Any, rows: list[Row]) -> None:
-    """Loss relative to the fp32 run."""
+    """Loss relative to the fp32 run; a style per learning rate."""
     curves = [r for r in rows if r["part"] == "curve"]
-    found = {r["mode"]: r for r in curves if r["lr"] == min(r["lr"] for r in curves)}
-    base = found.pop("fp32")
     axes.axhspan(-1, 1, color="0.92")
-    for mode, r in found.items():
-        steps = [100 * (k + 1) for k in range(len(r["losses"]))]
-        difference = [100 * (a / b - 1) for a, b in zip(r["losses"], base["losses"], strict=True)]
-        axes.plot(steps, difference, marker="o", markersize=3, label=mode)
+    for lr, style in zip(sorted({r["lr"] for r in curves}), STYLES, strict=False):
+        found = {r["mode"]: r for r in curves if r["lr"] == lr}
+        base = found.pop("fp32")["losses"]
+        for k, (mode, r) in enumerate(sorted(found.items())):
+            difference = [100 * (a / b - 1) for a, b in zip(r["losses"], base, strict=False)]
+            steps = [100 * (j + 1) for j in range(len(difference))]
+            axes.plot(steps, difference, style, color=f"C{k}", marker="o", markersize=3, label=f"{mode}, lr {lr:g}")
     axes.set(xlabel="steps", ylabel="%", title="Mean loss of 100 steps, relative to fp32 (band: 1 %)")
     axes.set_yscale("symlog", linthresh=1)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

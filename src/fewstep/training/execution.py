@@ -50,7 +50,7 @@ class Compiled(Execution):
 
     def begin(self) -> None:
         if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def rows(self, count: int, batch: int) -> int:
         quarter = -(-batch // 4)
