@@ -20,9 +20,9 @@ from fewstep.errors import CheckpointError, ConfigError
 from fewstep.runs import configure, make_trainer
 from fewstep.training.frozen import storage_bytes
 from fewstep.training.loop import Watcher
+from fewstep.training.network import train_mode
 from fewstep.training.optim import make_optimizer
 from fewstep.training.student import make_student
-from fewstep.training.network import train_mode
 from fewstep.training.trainer import StepReport, Trainer
 from fewstep.world import World
 
