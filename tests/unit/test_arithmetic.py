@@ -60,8 +60,8 @@ def weights(made: Trainer) -> list[Tensor]:
     ("tightness", "cpu", "ampere", "turing"),
     [
         (1.0, "bf16", "bf16", "fp16"),
-        (4.0, "bf16", "bf16", "fp16"),
-        (8.0, "fp32", "fp16", "fp16"),
+        (16.0, "bf16", "bf16", "fp16"),
+        (32.0, "fp32", "fp16", "fp16"),
         (256.0, "fp32", "fp16", "fp16"),
         (512.0, "fp32", "fp32", "fp32"),
         (None, "fp32", "tf32", "fp32"),
@@ -163,7 +163,7 @@ def test_auto_is_bf16_and_then_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     made, plain = trainer(config("auto")), trainer(config("fp32"))
     kinds = [report.arithmetic for report in made.steps()]
-    assert kinds == ["bf16"] * 4 + ["fp32"] * 12  # q^a = 2 and 4, then 8 and more
+    assert kinds == ["bf16"] * 8 + ["fp32"] * 8  # q^a = 2 to 16, then 32 and more
     assert [report.arithmetic for report in plain.steps()] == ["fp32"] * 16
     row, reference = made.read_sums(), plain.read_sums()
     assert row["loss"] == pytest.approx(reference["loss"], rel=0.02) and row["loss"] != reference["loss"]

@@ -142,6 +142,8 @@ class Live(Watcher):
 def _numbers(row: dict[str, Any], narrow: bool = False) -> str:
     schedule = [f"{name} {row[name]:{form}}" for name, form in SCHEDULE.items() if name in row]
     parts = [" ".join(schedule)] if schedule else []
+    if "arithmetic" in row and not narrow:
+        parts.append(row["arithmetic"])
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4g}")
     if "images_per_second" in row:

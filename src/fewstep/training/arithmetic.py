@@ -11,7 +11,7 @@ import torch
 
 from fewstep.arithmetic import Arithmetic, Precision
 
-BF16_UP_TO = 4.0
+BF16_UP_TO = 16.0
 """Largest q^a whose gradients bf16 (8 bits) resolves."""
 
 FP16_UP_TO = 256.0

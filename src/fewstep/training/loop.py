@@ -136,7 +136,7 @@ class _Log:
     """Appends rows to metrics.jsonl; on resume, rows beyond the checkpoint are dropped first."""
 
     def __init__(self, run: Path, trainer: Trainer) -> None:
-        self._path = run / "metrics.jsonl"
+        self._path, self._chosen = run / "metrics.jsonl", trainer.config.precision == "auto"
         kept = [r for r in read_history(run) if r["images"] <= trainer.images_seen]
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
         self._before = kept[-1]["seconds"] if kept else 0.0
@@ -145,7 +145,9 @@ class _Log:
 
     def write(self, report: StepReport, sums: dict[str, float]) -> dict[str, Any]:
         now, seen = time.perf_counter(), report.progress.images_seen
-        row = {"images": seen, **sums, "lr": report.lr, **report.schedule}
+        row: dict[str, Any] = {"images": seen, **sums, "lr": report.lr, **report.schedule}
+        if self._chosen:
+            row["arithmetic"] = report.arithmetic
         row["images_per_second"] = (seen - self._images) / max(now - self._last, 1e-9)
         row["seconds"] = self._before + now - self._start
         self._last, self._images = now, seen
