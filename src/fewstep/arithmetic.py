@@ -58,9 +58,11 @@ class Edges(TorchFunctionMode):
 
     Most of the rounding error comes from the edges: the convolutions that read or write samples of ``channels``
     channels, and the linear layers that see one row per sample (embeddings, and what they modulate). They are less than
-    1 % of a network's operations, and half of fp16's error at q^a = 256 (docs/performance.md). Between them autocast
-    would, on a GPU, run normalisations and doublings of the resolution in float32 and keep their inputs and outputs for
-    the backward pass; here they read and write 16 bits, and torch's kernels compute in float32 inside.
+    1 % of a network's operations, and half of fp16's error at q^a = 256 (docs/performance.md). Between them, what
+    autocast would run in float32 on a GPU, keeping float32 for the backward pass, keeps 16 bits: normalisations and
+    the activation behind them compute in float32, keep their input rounded and compute the rest again (not compiled,
+    where the compiler decides what is kept); doubling the resolution stays in 16 bits. Not exact: a transformer's last
+    layer, and EDM2's last convolution, whose weights come rounded.
     """
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
@@ -77,16 +79,22 @@ class Edges(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        normed = func in _NORMS and args[0].ndim > 2
-        if normed or (func is F.interpolate and args[0].dtype == self._dtype):
-            return _rounded(func, args, kwargs, self._dtype)
+        if not args or not isinstance(args[0], Tensor) or not torch.is_autocast_enabled(args[0].device.type):
+            return func(*args, **kwargs)  # also where somebody switched autocast off, for float32's sake
+        if args[0].ndim > 2:
+            if func in _NORMS or (func is F.silu and args[0].dtype == torch.float32):
+                return _in_float32(func, args, kwargs, self._dtype)
+            if func is F.interpolate and args[0].dtype == self._dtype:
+                with torch.autocast(args[0].device.type, enabled=False):
+                    return func(*args, **kwargs)
         if func is F.linear and args[0].ndim == 2:
             return _exactly(func, args, kwargs)
         if func is F.conv2d:
             inputs, weight = args[0].shape[1], args[1]
             whole = inputs == weight.shape[1]  # not depthwise
             if whole and inputs in (self._channels, self._channels + 1):  # EDM2 adds a channel of ones
-                return _exactly(func, args, kwargs).to(self._dtype)
+                out = _exactly(func, args, kwargs)
+                return out.to(self._dtype) if out.dtype == torch.float32 else out
             if whole and weight.shape[0] == self._channels:
                 return _exactly(func, args, kwargs)
         return func(*args, **kwargs)
@@ -95,14 +103,42 @@ class Edges(TorchFunctionMode):
 _NORMS = (F.group_norm, F.layer_norm)
 
 
-def _rounded(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    """``func`` on tensors of 16 bits; float64 stays."""
+class _Kept(torch.autograd.Function):
+    """``function(x, *weights)`` in float32, of whose input 16 bits are kept, and whose result is not, for backward."""
 
-    def narrow(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.function, ctx.came = function, x.dtype
+        ctx.save_for_backward(x.to(dtype), *weights)
+        return function(x.float(), *weights)
 
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        with torch.enable_grad():
+            given = [v.detach().requires_grad_() for v in (x.float(), *weights)]
+            out = ctx.function(*given)
+        of_x, *others = torch.autograd.grad(out, given, gradients[0])
+        return None, None, of_x.to(ctx.came), *others
+
+
+def _in_float32(
+    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], half: torch.dtype
+) -> Tensor:
+    """``func(x, ...)`` of a normalisation or activation with a float32 result; float64 stays."""
     with torch.autocast(args[0].device.type, enabled=False):
-        return func(*(narrow(a) for a in args), **{name: narrow(a) for name, a in kwargs.items()})
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or args[0].dtype == torch.float64:
+            return func(*(_widened(a) for a in args), **{name: _widened(a) for name, a in kwargs.items()})
+        x, *rest = args
+        named = dict(enumerate(rest)) | kwargs  # torch hands over weights by name
+        weights = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+        def function(x: Tensor, *given: Tensor) -> Tensor:
+            filled = named | dict(zip(weights, given, strict=True))
+            return func(x, *(filled[i] for i in range(len(rest))), **{name: filled[name] for name in kwargs})
+
+        kept: Tensor = _Kept.apply(function, half, x, *weights.values())  # type: ignore[no-untyped-call]
+        return kept
 
 
 def _exactly(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -47,7 +47,8 @@ def compiled(
         if chosen[0] is function:
             return function(*args, **kwargs)
         try:
-            return chosen[0](*args, **kwargs)
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):  # or it fails in backward()
+                return chosen[0](*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             _note(error)
             chosen[0] = function

@@ -24,6 +24,7 @@ from fewstep.recipes import RECIPES
 from fewstep.times import Stages
 from fewstep.training.arithmetic import Scaling, arithmetic
 from fewstep.training.config import OptimConfig, Precision, RunConfig
+from fewstep.training.optim import rectified, steps_taken
 from fewstep.training.state import restore_state, save_state
 from fewstep.training.trainer import Trainer
 from fewstep.types import Progress
@@ -143,8 +144,8 @@ def test_the_edges_stay_exact() -> None:
         net(x, c)
     half, full = torch.bfloat16, torch.float32
     kinds = {name: dtype for name, (dtype, _) in net.seen.items()}
-    assert kinds == {"stem": half, "between": half, "embed": full, "norm": half, "mix": half, "head": full}
-    assert {name for name, (_, same) in net.seen.items() if same} == {"stem", "embed", "norm", "head"}
+    assert kinds == {"stem": half, "between": half, "embed": full, "norm": full, "mix": half, "head": full}
+    assert {name for name, (_, same) in net.seen.items() if same} == {"embed", "norm", "head"}
     with torch.autocast("cpu", enabled=False):
         exact = net.stem(x).bfloat16()
     with rounding("bf16", CPU, (3, 9, 9)):
@@ -242,3 +243,58 @@ def test_a_checkpoint_holds_the_scale(tmp_path: Path, precision: Arithmetic) -> 
     assert second.scaling.state() == whole.scaling.state()
     assert torch.equal(second.sums, whole.sums)
     assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(whole), strict=True))
+
+
+def test_norms_compute_in_float32_and_keep_16_bits() -> None:
+    """Value and gradients of norm and activation are float32's at the rounded input; saved are two bytes a value."""
+    torch.manual_seed(0)
+    norm = torch.nn.GroupNorm(2, 8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 8, 5, 5).bfloat16()
+
+    def through(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        out = torch.nn.functional.silu(norm(x))
+        return out, list(torch.autograd.grad(out.pow(3).sum(), [x, norm.weight, norm.bias]))
+
+    exact, gradients = through(x.float().requires_grad_())
+    saved: list[Tensor] = []
+    given = x.clone().requires_grad_()
+    with (
+        rounding("bf16", CPU, (8, 5, 5)),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t),
+    ):
+        out = torch.nn.functional.silu(norm(given))
+    assert torch.equal(out, exact) and out.dtype == torch.float32
+    assert sorted(t.dtype.itemsize for t in saved if t.numel() == x.numel()) == [2, 2]
+    for got, want in zip(
+        torch.autograd.grad(out.pow(3).sum(), [given, norm.weight, norm.bias]), gradients, strict=True
+    ):
+        assert got.dtype == (torch.bfloat16 if got.shape == x.shape else torch.float32)
+        assert (got.float() - want).abs().max() < 0.02 * want.abs().max()
+    with rounding("bf16", CPU, (8, 5, 5)), torch.no_grad():
+        assert torch.equal(norm(x), norm(x.float()))
+
+
+def test_who_switches_autocast_off_gets_float32() -> None:
+    """Derivatives and feature distances do; the edges then leave everything alone. Arguments may come by name."""
+    torch.manual_seed(0)
+    conv, x = torch.nn.Conv2d(3, 4, 3), torch.randn(2, 3, 9, 9)
+    with rounding("bf16", CPU, (3, 9, 9)):
+        with torch.autocast("cpu", enabled=False):
+            assert conv(x).dtype == torch.float32
+        assert torch.nn.functional.conv2d(input=x, weight=conv.weight).dtype == torch.bfloat16
+        assert conv.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("skipped", [0, 3, 6])
+def test_radam_does_not_count_skipped_steps(skipped: int) -> None:
+    """After overflows at the beginning, each step is the one that follows those that were taken."""
+    settings = config("fp16", optim=OptimConfig(name="radam", lr=1e-3))
+    made, taken = trainer(settings), 0
+    made.scaling._scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (12 + skipped))
+    for _ in made.steps():
+        assert made.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * rectified(taken + 1, 0.999, 1e-8)[0])
+        taken = steps_taken(made.optimizer)
+    lost = int(made.read_sums()["skipped"])
+    assert taken == 16 - lost and (lost > 0) == (skipped > 0)
+    assert made.scaling.skipped == lost

@@ -6,8 +6,8 @@ nets with sublinear memory cost" (arXiv 1604.06174).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -58,10 +58,18 @@ def _set_foreign(wrapper: DiffusersNetwork, on: bool) -> int:
     return sum(hasattr(part, "gradient_checkpointing") for part in network.modules())
 
 
-@contextmanager
-def _both(edges: Edges, then: AbstractContextManager[object]) -> Iterator[None]:
-    with edges, then:
-        yield
+class _Both(AbstractContextManager[None]):
+    """Both contexts, as often as there are backward passes."""
+
+    def __init__(self, *contexts: AbstractContextManager[object]) -> None:
+        self._contexts, self._open = contexts, ExitStack()
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            self._open.enter_context(context)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -74,6 +82,6 @@ def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
 
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
         now, then = (nullcontext(), nullcontext()) if tape is None else tape.contexts()
-        return now, then if edges is None else _both(edges, then)
+        return now, then if edges is None else _Both(edges, then)
 
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=tape is None, context_fn=contexts)

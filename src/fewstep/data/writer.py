@@ -136,9 +136,9 @@ class PictureArchive:
         self._about |= {} if captions is None else {"captions": np.array(captions, dtype=np.str_)}
         self._blocks: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(AHEAD)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fewstep-npz")
-        self._written = self._pool.submit(write_file, path, self._fill)
 
     def __enter__(self) -> PictureArchive:
+        self._written = self._pool.submit(write_file, self._path, self._fill)
         return self
 
     def add(self, u8: torch.Tensor) -> None:

@@ -48,6 +48,10 @@ class ECT(Tightening):
     def needs_teacher(self) -> bool:
         return super().needs_teacher or self.adaptive is not None
 
+    @property
+    def compiles(self) -> bool:
+        return super().compiles and self.adaptive is None  # which would see the rows that fill up the target pass
+
     def tightness(self, progress: Progress) -> float | None:
         return None if self.adaptive is not None else super().tightness(progress)
 

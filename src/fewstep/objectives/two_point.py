@@ -31,7 +31,7 @@ class TwoPoint(Objective):
 
     @property
     def compiles(self) -> bool:
-        return True
+        return self.levers.anchor is None  # each number of rows at low t would be another graph
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

@@ -60,7 +60,8 @@ class Scaling:
 
     def __init__(self, device: torch.device) -> None:
         self._scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16)
-        self.used = False
+        self.used, self.skipped = False, 0
+        """Whether anything was scaled, and how many steps are known to have been skipped."""
 
     def backward(self, loss: torch.Tensor, kind: Arithmetic) -> None:
         """Gradients of ``loss``, scaled for fp16."""
@@ -90,11 +91,15 @@ class Scaling:
         if not self.used:
             return {}
         state = self._scaler.state_dict()
-        return {"scale": float(state["scale"]), "growth": float(state["_growth_tracker"])}
+        return {
+            "scale": float(state["scale"]),
+            "growth": float(state["_growth_tracker"]),
+            "skipped": float(self.skipped),
+        }
 
     def restore(self, state: dict[str, float]) -> None:
         """Invert :meth:`state`."""
         if state:
-            self.used = True
+            self.used, self.skipped = True, int(state["skipped"])
             whole = self._scaler.state_dict() | {"scale": state["scale"], "_growth_tracker": int(state["growth"])}
             self._scaler.load_state_dict(whole)

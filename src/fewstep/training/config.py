@@ -132,7 +132,8 @@ class OptimConfig:
         clip: largest gradient norm; None for none.
         lr_scale: pattern -> factor on the learning rate of the parameters it means, ``{enc: 0.1, lora_B: 16}``; several
             factors multiply.
-        guard: what is done about non-finite gradients: "stop" (nothing is hidden: the run stops), "clamp"
+        guard: what is done about non-finite gradients (in fp16 their step is skipped instead): "stop" (nothing is
+            hidden: the run stops), "clamp"
             (nan -> 0, +-inf -> +-1e5: ECT's CIFAR-10 code) or "zero" (all -> 0: its ImageNet code). A non-finite loss
             always stops.
     """

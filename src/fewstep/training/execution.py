@@ -70,6 +70,12 @@ def execution(config: RunConfig, objective: Objective, device: torch.device) -> 
             got="speed.compile=on",
             do="Leave it out, or set speed.compile=off",
         )
+    if speed.graphs and config.micro_batch is not None:
+        raise ConfigError(
+            "CUDA graphs cannot add up the gradients of several passes",
+            got=f"speed.graphs=true micro_batch={config.micro_batch}",
+            do="Set micro_batch=null, or speed.graphs=false",
+        )
     if speed.graphs and device.type != "cuda":
         raise ConfigError("CUDA graphs need a CUDA device", got=f"speed.graphs=true on {device.type}")
     if speed.recompute and speed.compile == "on":

@@ -68,6 +68,11 @@ def rectified(step: int, beta2: float, eps: float) -> tuple[float, float]:
     return math.sqrt(top / ((longest - 4) * (longest - 2) * length)), eps / math.sqrt(1 - decay)
 
 
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """How often the weights were moved (reads the device)."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def align_gradients(module: nn.Module) -> None:
     """Lay each gradient out in memory as its parameter is: the fused kernel walks both side by side."""
     for parameter in module.parameters():

@@ -141,6 +141,7 @@ def _one_step(trainer: Trainer, images: int, passes: int) -> Curve:
     """The memory of a step of ``passes`` passes."""
     trainer.config = replace(trainer.config, batch_size=images * passes, micro_batch=images)
     trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.beside.memory.clear()
     device = trainer.world.device
     with Memory(_held(trainer), only=lambda tensor: tensor.device == device) as memory:
         steps = trainer.steps()
@@ -175,7 +176,7 @@ def _few_images(trainer: Trainer) -> Iterator[None]:
 
 
 def _endless(config: RunConfig) -> RunConfig:
-    return replace(config, images=config.images + 10**6, speed=replace(config.speed, resident="off"))
+    return replace(config, images=config.images + 64, speed=replace(config.speed, resident="off"))
 
 
 def _remedies(trainer: Trainer, need: Need, micro: int, room: int) -> dict[str, int]:

@@ -40,10 +40,20 @@ from fewstep.training.network import (
     trained_parts,
     unused_parameters,
 )
-from fewstep.training.optim import align_gradients, learning_rate, make_optimizer, sanitise, set_learning_rate
+from fewstep.training.optim import (
+    align_gradients,
+    learning_rate,
+    make_optimizer,
+    sanitise,
+    set_learning_rate,
+    steps_taken,
+)
 from fewstep.types import Batch, Progress
 from fewstep.weights import tensors_of
 from fewstep.world import World
+
+ASKING = 16
+"""Steps of a run in fp16 before which the device is asked how many were skipped."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +182,7 @@ class Trainer:
     def _step(self, feed: Feed, kind: Arithmetic) -> StepReport:
         config, progress = self.config, self.progress
         lr = learning_rate(config.optim, progress)
-        set_learning_rate(self.optimizer, config.optim, lr, self.images_seen // config.batch_size + 1)
+        set_learning_rate(self.optimizer, config.optim, lr, self._number(kind))
         if not self.student.training:  # somebody drew samples of it in between
             self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,6 +194,16 @@ class Trainer:
         self._average()
         self._count(loss, norm, kind)
         return StepReport(self.progress, lr, self.objective.describe(progress), kind)
+
+    def _number(self, kind: Arithmetic) -> int:
+        """Which of the optimiser's steps this one is, from 1: those that fp16 skipped do not count.
+
+        RAdam's first steps depend on it, and they are where overflows are: there the device is asked.
+        """
+        done = self.images_seen // self.config.batch_size
+        if kind == "fp16" and 0 < done < ASKING and self.config.optim.name == "radam":
+            self.scaling.skipped = done - steps_taken(self.optimizer)
+        return done - self.scaling.skipped + 1
 
     def _update(self, kind: Arithmetic) -> Tensor:
         """Move the weights by their gradients; the norm of these. Nothing here waits for the device."""
@@ -266,6 +286,8 @@ class Trainer:
         steps = max(self.summed_steps, 1)
         self.sums.zero_()
         self.summed_steps = 0
+        if self.scaling.used:
+            self.scaling.skipped = self.images_seen // self.config.batch_size - steps_taken(self.optimizer)
         row = {"loss": loss / steps, "grad_norm": norm / max(steps - skipped, 1)}
         return row | {"skipped": skipped} if self.scaling.used else row
 
