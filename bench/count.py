@@ -50,7 +50,7 @@ def count_ours(net: str, variant: str, batch: int, micro: int | None) -> Row:
     settings = replace(Variant.of(variant).config(NETS[net], batch, 256.0), micro_batch=micro)
     with SimulatedDevice(hollow=True) as device, Memory(only=device.has) as memory:
         trainer = _trainer(net, settings)
-        trainer.images_seen = 10 * batch
+        trainer.images_seen = 20 * batch
         steps = trainer.steps()
         next(steps)
         device.waits.clear()

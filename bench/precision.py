@@ -42,7 +42,7 @@ from fewstep.training.config import DataConfig
 from fewstep.training.feed import Feed
 from fewstep.weights import load_weights
 
-KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "fp16+edges+norms", "bf16", "bf16+edges", "bf16-cpu", "bf16-cpu+edges")
+KINDS = ("fp32", "tf32", "fp16", "fp16+edges", "bf16", "bf16+edges", "bf16-cpu", "bf16-cpu+edges")
 DROPOUT = 0.2
 FRESH = 50_000_000
 """Position in the data order from where gradients are measured: far behind those trained on."""

@@ -22,8 +22,8 @@ from fewstep.training.arithmetic import BF16_UP_TO, FP16_UP_TO
 Row = dict[str, Any]
 KINDS = {"bf16": "C3", "bf16+edges": "C1", "fp16": "C0", "fp16+edges": "C9", "tf32": "C2", "fp32": "C7"}
 ORDER = (
-    "fp32", "tf32", "fp16", "fp16+edges", "fp16+edges+norms", "bf16", "bf16+edges", "bf16+edges+norms", "bf16-cpu",
-    "bf16-cpu+edges",
+    "fp32", "tf32", "fp16", "fp16+edges", "fp16+edges, norms 16", "bf16", "bf16+edges", "bf16+edges, norms 16",
+    "bf16-cpu", "bf16-cpu+edges", "bf16-cpu+edges, norms 16",
 )  # fmt: skip
 STYLES = ("-", "--", ":", "-.")
 CRITERION = 0.15

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from emulate import emulate
@@ -41,15 +40,13 @@ def computing(kind: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def passes(kind: str, student: Denoiser) -> Iterator[None]:
-    """The arithmetic of forward passes: plain autocast, or "+edges", what the trainer does: a network's edges in fp32,
-    its norms in 16 bits; "+edges+norms" keeps the norms' results in fp32, too."""
+    """The arithmetic of forward passes: plain autocast, or "+edges", what the trainer does."""
     name, *kept = kind.split("+")
     name = name.removesuffix("-cpu")
     if name not in HALF:
         yield
     elif kept:
-        norms = () if "norms" in kept else arithmetic._NORMS
-        with patch.object(arithmetic, "_NORMS", norms), arithmetic.rounding(name, CPU, student.sample_shape):
+        with arithmetic.rounding(name, CPU, student.sample_shape):  # type: ignore[arg-type]
             yield
     else:
         with torch.autocast("cpu", HALF[name]):
