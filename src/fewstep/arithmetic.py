@@ -35,8 +35,13 @@ def rounding(kind: Arithmetic, device: torch.device, sample_shape: tuple[int, ..
         if len(sample_shape) != 3:
             yield
             return
-        with Edges(sample_shape[0], HALF[kind]):
+        with Edges(sample_shape[0], HALF[kind], norms=norms_in_float32(device)):
             yield
+
+
+def norms_in_float32(device: torch.device) -> bool:
+    """Whether normalisations are to compute in float32: where autocast has them so, which a CPU's does not."""
+    return device.type != "cpu"
 
 
 @contextmanager
@@ -58,16 +63,17 @@ class Edges(TorchFunctionMode):
 
     Most of the rounding error comes from the edges: the convolutions that read or write samples of ``channels``
     channels, and the linear layers that see one row per sample (embeddings, and what they modulate). They are less than
-    1 % of a network's operations, and half of fp16's error at q^a = 256 (docs/performance.md). Between them, what
-    autocast would run in float32 on a GPU, keeping float32 for the backward pass, keeps 16 bits: normalisations and
-    the activation behind them compute in float32, keep their input rounded and compute the rest again (not compiled,
-    where the compiler decides what is kept); doubling the resolution stays in 16 bits. Not exact: a transformer's last
-    layer, and EDM2's last convolution, whose weights come rounded.
+    1 % of a network's operations, and half of fp16's error at q^a = 256 (docs/performance.md). Not exact: a
+    transformer's last layer, and EDM2's last convolution, whose weights come rounded.
+
+    Between them doubling the resolution stays in 16 bits. With ``norms``, normalisations and the activation behind them
+    compute in float32 and keep their input in 16 bits for the backward pass, which computes them again (not compiled:
+    the compiler decides what is kept). Autocast on a GPU would keep float32, half as much again as all else.
     """
 
-    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, channels: int, dtype: torch.dtype, norms: bool = True) -> None:
         super().__init__()
-        self._channels, self._dtype = channels, dtype
+        self._channels, self._dtype, self._norms = channels, dtype, norms
 
     @staticmethod
     def active() -> Edges | None:
@@ -82,7 +88,7 @@ class Edges(TorchFunctionMode):
         if not args or not isinstance(args[0], Tensor) or not torch.is_autocast_enabled(args[0].device.type):
             return func(*args, **kwargs)  # also where somebody switched autocast off, for float32's sake
         if args[0].ndim > 2:
-            if func in _NORMS or (func is F.silu and args[0].dtype == torch.float32):
+            if self._norms and (func in _NORMS or (func is F.silu and args[0].dtype == torch.float32)):
                 return _in_float32(func, args, kwargs, self._dtype)
             if func is F.interpolate and args[0].dtype == self._dtype:
                 with torch.autocast(args[0].device.type, enabled=False):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep import Denoiser
+from fewstep import arithmetic as module
 from fewstep.arithmetic import Arithmetic, rounding
 from fewstep.backbones import build
 from fewstep.data import open_source
@@ -112,6 +113,11 @@ def test_the_target_pass_leaves_the_student_its_gradient() -> None:
     assert not torch.equal(found["bf16"], found["fp32"])
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "norms_in_float32", lambda device: True)
+
+
 class Layers(torch.nn.Module):
     """A first and a last convolution, one between, an embedding and a linear layer over pixels."""
 
@@ -136,7 +142,7 @@ class Layers(torch.nn.Module):
         return run("head", run("mix", h.movedim(1, -1)).movedim(-1, 1))
 
 
-def test_the_edges_stay_exact() -> None:
+def test_the_edges_stay_exact(as_on_a_gpu: None) -> None:
     """First and last convolution and the embedding in float32, the first one's result in 16 bits; the rest in 16."""
     torch.manual_seed(0)
     net, x, c = Layers(), torch.randn(2, 3, 9, 9), torch.randn(2, 4)
@@ -245,7 +251,7 @@ def test_a_checkpoint_holds_the_scale(tmp_path: Path, precision: Arithmetic) -> 
     assert all(torch.equal(a, b) for a, b in zip(weights(second), weights(whole), strict=True))
 
 
-def test_norms_compute_in_float32_and_keep_16_bits() -> None:
+def test_norms_compute_in_float32_and_keep_16_bits(as_on_a_gpu: None) -> None:
     """Value and gradients of norm and activation are float32's at the rounded input; saved are two bytes a value."""
     torch.manual_seed(0)
     norm = torch.nn.GroupNorm(2, 8)
@@ -298,3 +304,10 @@ def test_radam_does_not_count_skipped_steps(skipped: int) -> None:
     lost = int(made.read_sums()["skipped"])
     assert taken == 16 - lost and (lost > 0) == (skipped > 0)
     assert made.scaling.skipped == lost
+
+
+def test_a_cpu_normalises_in_16_bits() -> None:
+    norm, x = torch.nn.GroupNorm(2, 8), torch.randn(2, 8, 5, 5).bfloat16()
+    with rounding("bf16", CPU, (8, 5, 5)):
+        assert norm(x).dtype == torch.bfloat16
+    assert module.norms_in_float32(CUDA) and not module.norms_in_float32(CPU)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fewstep import philox
+from fewstep import arithmetic, philox
 from fewstep.training.cost import Storages, place
 
 HOST = torch.device("cpu")
@@ -99,6 +99,7 @@ class SimulatedDevice:
         self._stack.enter_context(_Operations(self))
         self._stack.enter_context(_replaced(torch.autograd, "_engine_run_backward", backward))
         self._stack.enter_context(_replaced(philox, "CHUNK", 2**62))  # in one piece, as on a GPU
+        self._stack.enter_context(_replaced(arithmetic, "norms_in_float32", lambda device: self._cuda))
         if self.fake is not None:  # torch would swap a network's fake tensors for equal ones, and cannot
             self._stack.enter_context(_replaced(torch.utils, "swap_tensors", lambda old, new: None))
         return self
