@@ -94,8 +94,8 @@ def rows_where(mask: Tensor, like: Tensor, execute: Execution = AS_IT_IS) -> Ten
 
     Where ``execute`` wants more rows than that, the first false ones follow.
     """
-    order = np.argsort(~mask.numpy(), kind="stable")
-    chosen = order[: execute.rows(int(mask.sum()), len(mask))]
+    flags = mask.numpy()
+    chosen = np.argsort(~flags, kind="stable")[: execute.rows(int(flags.sum()), len(flags))]
     return torch.from_numpy(np.ascontiguousarray(chosen)).to(like.device, non_blocking=True)
 
 
