@@ -190,7 +190,7 @@ def test_without_a_terminal_there_are_lines_and_stdout_is_empty(
     assert main([*arguments, *QUICK, *SMALL]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.search(r"images +32 +stage 0 r/t 0\.\d+  loss [\d.e+-]+  \d+ images/s\n", err)
+    assert re.search(r"images +32 +stage 0 r/t 0\.\d+  fp32  loss [\d.e+-]+  \d+ images/s\n", err)
     assert re.search(r"images +64 +stage 0", err)
     assert "Next: fewstep sample" in err
     assert "\x1b" not in err
@@ -229,8 +229,8 @@ def test_a_terminal_shows_a_live_bar(columns: int, tiny_path: Path, tmp_path: Pa
         shown += part
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    speed = r"\d+/s" if columns == 80 else r"\d+ images/s"
-    line = rf"━ +640/640 images part 2 stage 0 r/t 0\.\d{{4}} +loss [\d.e+-]+ +{speed} +\d\d:\d\d"
+    kind, speed = ("", r"\d+/s") if columns == 80 else (" +fp32", r"\d+ images/s")
+    line = rf"━ +640/640 images part 2 stage 0 r/t 0\.\d{{4}}{kind} +loss [\d.e+-]+ +{speed} +\d\d:\d\d"
     assert re.search(line, frames), frames[-2000:]
     assert max(len(frame) for frame in re.split(r"[\r\n]+", frames)) <= columns
 

@@ -294,4 +294,4 @@ def bytes_at(size: int, small: tuple[int, Curve], large: tuple[int, Curve]) -> C
     if len(low) != len(high):
         low, high = ([point for point in curve if point[0] != "random"] for curve in (low, high))
     share = (size - few) / (many - few)
-    return [(now, round(a + (b - a) * share)) for (now, a), (_, b) in zip(low, high, strict=True)]
+    return [(now, round(a + (b - a) * share)) for (now, a), (_, b) in zip(low, high, strict=False)]
