@@ -21,7 +21,7 @@ from fewstep.errors import ConfigError
 from fewstep.objectives import CMT, CT, ECT, TRACT, Diffusion, MeanFlow, Multistep, Objective
 from fewstep.objectives.base import AS_IT_IS
 from fewstep.objectives.multistep import Gaps
-from fewstep.objectives.pairs import make_pair, rows_where
+from fewstep.objectives.pairs import make_pair, rows_where, target_pass
 from fewstep.penalty import Penalty
 from fewstep.randomness import DropoutTape, Streams
 from fewstep.times import Stages, draw, pair
@@ -168,6 +168,20 @@ def test_padded_rows() -> None:
     chosen = rows_where(mask, torch.zeros(8), execution.Compiled())
     assert chosen.tolist() == [1, 4]
     assert rows_where(mask | (torch.arange(8) == 7), torch.zeros(8), execution.Compiled()).tolist() == [1, 4, 7, 0]
+
+
+def test_what_fills_up_the_target_pass_is_not_used() -> None:
+    """Also of a network whose output at r = 0 is not its input."""
+    x, r = torch.randn(6, 2), torch.tensor([0.5, 0, 1, 0, 0, 2.0])
+    rows = rows_where(r > 0, x, execution.Compiled())
+    assert rows.tolist() == [0, 2, 5, 1]
+
+    def seven(x: Tensor, *rest: Any) -> Tensor:
+        return torch.full_like(x, 7)
+
+    for some in (rows, torch.arange(6)):
+        out = target_pass(seven, x, r, some, None, None)  # type: ignore[arg-type]
+        assert torch.equal(out, torch.where(r[:, None] > 0, 7, x))
 
 
 def test_code_is_generated(tiny: Denoiser) -> None:
