@@ -184,6 +184,7 @@ def test_what_fills_up_the_target_pass_is_not_used() -> None:
         assert torch.equal(out, torch.where(r[:, None] > 0, 7, x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_code_is_generated(tiny: Denoiser) -> None:
     """Once with inductor, in float64: the same step to rounding."""
     objective = OBJECTIVES["ect"][0]

@@ -30,6 +30,7 @@ OVERRIDES = {
     "images": 192,
     "batch_size": 16,
     "seed": 3,
+    "precision": "fp32",  # the recipe's "auto" is bf16 in the first stages, where the processor has it
     "optim": {"name": "adam", "lr": 3e-3, "eps": 0.01, "clip": 1.0},
     "student.dropout": 0.3,
     "objective.schedule.images": 60,
