@@ -9,6 +9,8 @@ dimension and the penalty do not matter.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from fewstep.ema import ConstantEMA
 from fewstep.objectives import ECT
 from fewstep.penalty import Penalty
 from fewstep.times import LogUniform, Stages
-from fewstep.training.config import OptimConfig, RunConfig
+from fewstep.training import execution
+from fewstep.training.config import OptimConfig, RunConfig, SpeedConfig
 from fewstep.training.trainer import Trainer
 from fewstep.world import World
 
@@ -52,7 +55,7 @@ def data() -> ArraySource:
     return ArraySource("normal", x * (SIGMA_DATA / x.square().mean().sqrt()), None)
 
 
-def stage(student: Denoiser, ratio: int, source: ArraySource) -> Denoiser:
+def stage(student: Denoiser, ratio: int, source: ArraySource, compile: Literal["on", "off"] = "off") -> Denoiser:
     """One stage of ECT from ``student``; the moving average at its end."""
     number = round(math.log2(ratio)) - 1
     steps, lr = PLAN[ratio]
@@ -68,6 +71,7 @@ def stage(student: Denoiser, ratio: int, source: ArraySource) -> Denoiser:
         ),
         optim=OptimConfig(name="adam", lr=lr, betas=(0.9, 0.99), schedule="cosine", decay_share=1.0),
         emas=(ConstantEMA(0.995),),
+        speed=SpeedConfig(compile=compile),
     )
     trainer = Trainer(config, student, source, World(0, 1, torch.device("cpu")))
     reports = list(trainer.steps())
@@ -99,3 +103,14 @@ def test_every_stage_reaches_its_fixed_point() -> None:
     assert list(got.values()) == sorted(got.values())
     for ratio, want in SIGMOID_8.items():
         assert got[ratio] == pytest.approx(want, abs=0.01 if ratio >= 8 else 0.12), ratio
+
+
+@pytest.mark.slow
+def test_the_compiled_path_reaches_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first three stages, whose target pass is filled up with rows that have r = 0."""
+    monkeypatch.setattr(execution, "compiled", partial(execution.compiled, backend="aot_eager"))
+    source = data()
+    model = Denoiser(Gain(), EDM(), Parametrization("edm", sigma_data=SIGMA_DATA), sample_shape=(SIZE,))
+    for ratio in (2, 4, 8):
+        model = stage(model.requires_grad_(True), ratio, source, compile="on")
+    assert spread(model) == pytest.approx(SIGMOID_8[8], abs=0.01)
